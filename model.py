@@ -103,7 +103,7 @@ class Attention(nn.Module):
 
         q (B, T, H, *), k and v (B, S, G, *) where G divides H, score (B, H, T, S); returns (B, T, H, width of v).
         Query t stands at absolute position S - T + t and sees the keys up to there."""
-        T, S = q.size(1), k.size(1)
+        T, S, G = q.size(1), k.size(1), k.size(2)
         if self.decay is not None:
             decay = self.decay(T, S).type_as(q)                                      # (1, H, T, S)
             score = decay if score is None else score + decay
@@ -111,16 +111,14 @@ class Attention(nn.Module):
         if T > 1 and not is_causal:
             future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
             score = (q.new_zeros(T, S) if score is None else score).masked_fill(future, -math.inf)
-        if T == 1 and k.size(2) < q.size(2):      # the one new token's heads ask the shared memory like so many tokens
-            groups = (k.size(2), -1)
-            q = q[:, 0].unflatten(1, groups).transpose(1, 2)
-            score = None if score is None else score[:, :, 0].unflatten(1, groups)
-            y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=score, scale=self.scale)
-            return y.flatten(1, 2)[:, None]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                             # (B, heads, tokens, width)
+        if T == 1:                     # H/G heads that ask one key head for one token: the same as H/G tokens of one head
+            q = q.unflatten(1, (G, -1)).squeeze(3)                                   # (B, H, 1, *) -> (B, G, H/G, *)
+            score = None if score is None else score.unflatten(1, (G, -1)).squeeze(3)
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=score, is_causal=is_causal,
-            dropout_p=self.p_dropout if self.training else 0.0, scale=self.scale, enable_gqa=q.size(2) != k.size(2))
-        return y.transpose(1, 2)
+            q, k, v, attn_mask=score, is_causal=is_causal, dropout_p=self.p_dropout if self.training else 0.0,
+            scale=self.scale, enable_gqa=q.size(1) != G)
+        return y.reshape(-1, self.n_head, T, v.size(-1)).transpose(1, 2)
 
     def weights(self, x):
         """The weights (B, H, T, T) by which the tokens x (B, T, C) attend to each other: with the identity for values,
@@ -360,7 +358,7 @@ class MLP(nn.Module):
         self.p_dropout = config.dropout
 
     def forward(self, x):
-        return F.dropout(self.out(F.gelu(self.up(x), approximate="tanh")), self.p_dropout, self.training)
+        return F.dropout(self.out(F.gelu(self.up(x))), self.p_dropout, self.training)
 
 
 class Block(nn.Module):

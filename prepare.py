@@ -1,0 +1,383 @@
+"""Turns text into tokens: data/<name>/train.bin and val.bin (uint16) and meta.json, which says how to read them.
+
+    python prepare.py shakespeare_char               tiny Shakespeare, one token per character (1 MB, seconds)
+    python prepare.py shakespeare                    the same text in GPT-2's byte-pair encoding
+    python prepare.py pydoc                          Python's own language reference: needs no download at all
+    python prepare.py openwebtext --tokens=1e9       as much of OpenWebText as you want, GPT-2's encoding
+    python prepare.py PATH.txt --tokenizer=gpt2      any text of your own (or --tokenizer=char)
+
+Everything is written under temporary names and renamed when it is complete, meta.json last: a data set that was
+interrupted is none, and never passes for one.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+DATA = Path("data")
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+# The branch that the Hub itself converts to Parquet: it needs no data set script, which `datasets` no longer runs.
+OPENWEBTEXT = dict(path="Skylion007/openwebtext", revision="refs/convert/parquet")
+OPENWEBTEXT_TOKENS = 9.04e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How all programs here talk to their user
+
+
+class UserError(Exception):
+    """Something that the user can put right: one sentence that says what is wrong, where, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Help that shows the program's own text; a mistake gets one sentence and exit status 2. Flags that were not given
+    do not appear in the result."""
+
+    def __init__(self, description, **options):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                         argument_default=argparse.SUPPRESS, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class Progress:
+    """A line on standard error that says how far something is and how long it will still take: rewritten in place on a
+    terminal, printed every half minute elsewhere."""
+
+    def __init__(self, total, done=0):
+        self.total, self.first, self.started, self.shown = total, done, time.time(), time.time()
+        self.terminal = sys.stderr.isatty()
+
+    def rate(self, done):
+        """Units a second since the beginning."""
+        return (done - self.first) / (time.time() - self.started)
+
+    def __call__(self, done, text):
+        if time.time() - self.shown >= (0.2 if self.terminal else 30):
+            self.shown = time.time()
+            left = clock(max(0, self.total - done) / self.rate(done))
+            print(f"\r{text}, {left} left\033[K" if self.terminal else f"{text}, {left} left", file=sys.stderr,
+                  end="" if self.terminal else "\n", flush=True)
+
+    def clear(self):
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def clock(seconds):
+    """h:mm:ss"""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+def reason(error):
+    """An exception's own words, in one line."""
+    text = getattr(error, "strerror", None) or str(getattr(error, "reason", "")) or str(error) or type(error).__name__
+    return " ".join(text.split())[:200]
+
+
+def run(main):
+    """Runs a program. What the user can put right becomes one sentence on standard error and exit status 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers. `spec` is what meta.json and every checkpoint keep of one; `tokenizer_from` makes it again.
+
+
+class CharTokenizer:
+    """One token per distinct character, numbered in the order of their code points."""
+
+    def __init__(self, chars):
+        self.spec = {"kind": "char", "chars": chars}
+        self.codes, self.vocab_size = self.code_points(chars), len(chars)
+
+    @staticmethod
+    def code_points(text):
+        return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+
+    def encode(self, text):
+        """Token ids, uint16. Raises UserError naming a character that the vocabulary lacks."""
+        codes = self.code_points(text)
+        ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
+        unknown = np.flatnonzero(self.codes[ids] != codes)
+        if len(unknown):
+            at = int(unknown[0])
+            raise UserError(f"character {text[at]!r} (number {at + 1} of the text) is not among the {self.vocab_size} that "
+                            f"this model knows: {self.spec['chars']!r}; leave it out")
+        return ids.astype(np.uint16)
+
+    def decode(self, ids):
+        """The text of these ids as UTF-8 bytes."""
+        return "".join(self.spec["chars"][i] for i in ids).encode()
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding, by tiktoken."""
+
+    spec, vocab_size, end_of_text = {"kind": "gpt2"}, 50257, 50256
+
+    def __init__(self):
+        import tiktoken
+        from requests import RequestException             # tiktoken fetches the vocabulary with requests
+
+        try:
+            self.bpe = tiktoken.get_encoding("gpt2")
+        except (RequestException, OSError, ValueError) as error:
+            raise UserError(f"GPT-2's vocabulary cannot be downloaded ({reason(error)}); connect to the network once, "
+                            "or set TIKTOKEN_CACHE_DIR to a folder that has it") from None
+
+    def encode(self, text):
+        return np.array(self.bpe.encode_ordinary(text), dtype=np.uint16)
+
+    def decode(self, ids):
+        """UTF-8 bytes; one token may hold only a part of a character. The unused ids by which train.py rounds the
+        vocabulary up stand for nothing."""
+        return self.bpe.decode_bytes([i for i in ids if i < self.vocab_size])
+
+
+def tokenizer_from(spec):
+    """The tokenizer of a data set or checkpoint, from its `spec`."""
+    return CharTokenizer(spec["chars"]) if spec["kind"] == "char" else GPT2Tokenizer()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A data set on disk
+
+
+class Writer:
+    """Writes data/<name>/, all or nothing: with Writer(name) as writer: writer.write("train", ids); writer.meta = ..."""
+
+    def __init__(self, name):
+        self.folder, self.meta = DATA / name, {}
+        self.tokens = {"train": 0, "val": 0}
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.files = {split: open(self.temporary(f"{split}.bin"), "wb") for split in self.tokens}
+        return self
+
+    def temporary(self, name):
+        return self.folder / f"{name}.tmp"
+
+    def write(self, split, ids):
+        self.files[split].write(np.ascontiguousarray(ids, dtype=np.uint16))
+        self.tokens[split] += len(ids)
+
+    def __exit__(self, kind, error, trace):
+        names = ["train.bin", "val.bin", "meta.json"]
+        try:
+            for file in self.files.values():
+                file.close()
+            if kind is None:
+                self.temporary("meta.json").write_text(json.dumps({**self.meta, "tokens": self.tokens}, indent=1) + "\n")
+                (self.folder / "meta.json").unlink(missing_ok=True)
+                for name in names:
+                    os.replace(self.temporary(name), self.folder / name)
+        except OSError as failure:
+            kind, error = type(failure), failure
+        if kind is not None:
+            for name in names:
+                self.temporary(name).unlink(missing_ok=True)
+            if issubclass(kind, OSError):
+                raise UserError(f"{self.folder} could not be written ({reason(error)}); nothing half-made was left: "
+                                "make room, or fix the permissions, and run the same command again") from None
+
+
+def load(name):
+    """A prepared data set: its meta.json as a dict, and {"train": ids, "val": ids} as read-only uint16 arrays on disk.
+
+    Raises UserError, with the command to run, where it is missing, incomplete or damaged."""
+    folder, again = DATA / name, f"run: python prepare.py {name}"
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        vocab_size = tokenizer_size(meta["tokenizer"])
+        splits = {}
+        for split, tokens in meta["tokens"].items():
+            path = folder / f"{split}.bin"
+            if path.stat().st_size != 2 * tokens:
+                raise UserError(f"{path} has {path.stat().st_size} bytes, not the {2 * tokens} of its {tokens} tokens; {again}")
+            splits[split] = np.memmap(path, dtype=np.uint16, mode="r")
+            largest = int(splits[split][:10_000_000].max())
+            if largest >= vocab_size:
+                raise UserError(f"{path} is damaged: token {largest} is outside its vocabulary of {vocab_size}; {again}")
+        return meta, splits
+    except FileNotFoundError as error:
+        raise UserError(f"data set {name!r} is not prepared ({error.filename} is missing); {again}") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{folder / 'meta.json'} is damaged ({reason(error)}); {again}") from None
+
+
+def tokenizer_size(spec):
+    """The vocabulary of a tokenizer, without loading it."""
+    return len(spec["chars"]) if spec["kind"] == "char" else GPT2Tokenizer.vocab_size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where text comes from
+
+
+def shakespeare_text():
+    """Tiny Shakespeare, from data/shakespeare_char/input.txt if it lies there, else downloaded to there."""
+    path = DATA / "shakespeare_char" / "input.txt"
+    if path.exists():
+        raw = path.read_bytes()
+        advice = f"delete {path} to have it downloaded, or give a text of your own another path"
+    else:
+        try:
+            raw = urllib.request.urlopen(SHAKESPEARE_URL, timeout=10).read()
+        except OSError as error:
+            raise UserError(f"tiny Shakespeare cannot be downloaded ({reason(error)}); save {SHAKESPEARE_URL} as {path} "
+                            "and run the command again, or take --dataset=pydoc, which needs no network") from None
+        advice = "the download was damaged or changed; try again"
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != SHAKESPEARE_SHA256:
+        raise UserError(f"{'the file at ' + str(path) if path.exists() else 'what was downloaded'} is not tiny Shakespeare: "
+                        f"its SHA-256 is {digest[:12]}..., not {SHAKESPEARE_SHA256[:12]}...; {advice}")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(raw)
+        os.replace(temporary, path)
+    return raw, SHAKESPEARE_URL
+
+
+def pydoc_text():
+    """The language reference that every Python carries for its help()."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for key in sorted(topics)).encode(), f"pydoc_data.topics of Python {sys.version.split()[0]}"
+
+
+def file_text(path):
+    try:
+        return path.read_bytes(), str(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({reason(error)}); give the path of a text file, or one of "
+                        f"{', '.join(SOURCES)}, openwebtext") from None
+
+
+SOURCES = {"shakespeare_char": (shakespeare_text, "char"), "shakespeare": (shakespeare_text, "gpt2"),
+           "pydoc": (pydoc_text, "char")}
+
+
+def prepare_text(name, read, tokenizer):
+    """Writes data/<name>/: the first 90 % of a text for training, the last 10 % for validation (nanoGPT's split)."""
+    raw, source = read()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8 text (byte {error.start} is {raw[error.start]:#04x}); convert it first, "
+                        "for example with iconv") from None
+    if len(text) < 20:
+        raise UserError(f"{source} holds {len(text)} characters, too few to split; give a text of 20 or more (train.py will "
+                        "want some thousands)")
+    if tokenizer == "char":
+        tokenizer = CharTokenizer("".join(sorted(set(text))))
+        if tokenizer.vocab_size > 2**16:
+            raise UserError(f"{source} has {tokenizer.vocab_size} different characters, more than uint16 can number; "
+                            "take --tokenizer=gpt2")
+    else:
+        tokenizer = GPT2Tokenizer()
+    cut = int(0.9 * len(text))
+    with Writer(name) as writer:
+        for split, part in ("train", text[:cut]), ("val", text[cut:]):
+            writer.write(split, tokenizer.encode(part))
+        writer.meta = dict(tokenizer=tokenizer.spec, source=source, sha256=hashlib.sha256(raw).hexdigest())
+    return writer
+
+
+def documents(source=None):
+    """Yields the texts of OpenWebText one by one, from the Hub or from a local Parquet or text file."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError("openwebtext needs one more package; run: pip install datasets") from None
+    if source is None:
+        options = OPENWEBTEXT
+    elif source.endswith(".parquet"):
+        options = dict(path="parquet", data_files=source)
+    else:
+        options = dict(path="text", data_files=source, sample_by="paragraph")
+    try:
+        for document in load_dataset(**options, split="train", streaming=True):
+            yield document["text"]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{source or options['path']} cannot be read ({reason(error)}); it takes the network, or --source with "
+                        "a text file or a .parquet file that has a column 'text'") from None
+
+
+def prepare_openwebtext(limit=None, source=None):
+    """Streams documents through GPT-2's encoding into data/openwebtext/, every 2,000th into validation.
+
+    Stops after `limit` tokens. However much is read, memory holds 512 documents; as many threads as cores encode them."""
+    tokenizer, digest, texts = GPT2Tokenizer(), hashlib.sha256(), documents(source)
+    target = limit or OPENWEBTEXT_TOKENS
+    progress, count, done = Progress(target), 0, 0
+    with Writer("openwebtext") as writer:
+        while done < target and (batch := list(itertools.islice(texts, 512))):
+            for text, ids in zip(batch, tokenizer.bpe.encode_ordinary_batch(batch, num_threads=os.cpu_count())):
+                if done < target:
+                    ids = (ids + [tokenizer.end_of_text])[: int(target - done)]
+                    writer.write("train" if count % 2000 else "val", ids)
+                    digest.update(text.encode())
+                    count, done = count + 1, done + len(ids)
+            progress(done, f"{done / 1e6:,.1f}M of {target / 1e6:,.0f}M tokens, {progress.rate(done) / 1e6:.2f}M a second")
+        progress.clear()
+        if count < 2:
+            raise UserError(f"{source or 'the source'} holds {count} documents; give at least 2, one for validation")
+        writer.meta = dict(tokenizer=tokenizer.spec, source=source or OPENWEBTEXT["path"], documents=count, sha256=digest.hexdigest())
+    return writer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def token_count(text):
+    count = int(float(text))
+    if count < 1:
+        raise ValueError
+    return count
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("source", metavar="NAME", help=f"{', '.join(SOURCES)}, openwebtext, or the path of a UTF-8 text file")
+    parser.add_argument("--tokenizer", choices=("char", "gpt2"), help="for a text of your own (default: char)")
+    parser.add_argument("--tokens", type=token_count, help="openwebtext: stop after so many (default: all, 9 billion, 18 GB)")
+    parser.add_argument("--source", dest="file", metavar="FILE", help="openwebtext: read a .parquet file (column 'text') or a text "
+                        "file (documents between empty lines) instead of the Hub")
+    args = vars(parser.parse_args(argv))
+    name, path = args["source"], Path(args["source"])
+    for flag, owner in ("tokenizer", None), ("tokens", "openwebtext"), ("file", "openwebtext"):
+        if flag in args and (name != owner if owner else name in (*SOURCES, "openwebtext")):
+            parser.error(f"--{'source' if flag == 'file' else flag} does not go with {name}; leave it out")
+    if name == "openwebtext":
+        writer = prepare_openwebtext(args.get("tokens"), args.get("file"))
+    elif name in SOURCES:
+        writer = prepare_text(name, *SOURCES[name])
+    elif path.stem in (*SOURCES, "openwebtext"):
+        raise UserError(f"{path} would overwrite the data set {path.stem!r}, whose name is taken; rename the file")
+    else:
+        name = path.stem
+        writer = prepare_text(name, lambda: file_text(path), args.get("tokenizer", "char"))
+    print(f"{writer.folder}: {writer.tokens['train']:,} training and {writer.tokens['val']:,} validation tokens, vocabulary of "
+          f"{tokenizer_size(writer.meta['tokenizer']):,}\nto train on it: python train.py --dataset={name}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,508 @@
+"""Trains a GPT with any of the five attentions.
+
+    python train.py                                             tiny Shakespeare: a minute on a laptop's CPU
+    python train.py --attention=qkv --pos=learned               the same, with GPT-2's attention
+    python train.py --preset=gpu                                nanoGPT's 10.7M baby GPT (the default where there is CUDA)
+    torchrun --nproc_per_node=8 train.py --preset=gpt2          GPT-2 124M on OpenWebText
+    python train.py --resume                                    goes on with the newest run, exactly
+
+A run is a folder: log.jsonl (one line an evaluation), loss.png, and the checkpoints last.pt and best.pt. Whatever is
+random in step i, its batch and its dropout, is a pure function of (seed, i). So a run that was stopped and resumed
+computes the same numbers as one that was not, and its batches do not depend on how many processes share them.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from argparse import BooleanOptionalAction
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from typing import get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import prepare
+from model import GPT, GPTConfig, option
+from prepare import Parser, Progress, UserError, clock, reason
+
+OUT = Path("out")
+
+PRESETS = {
+    "cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_steps=1000, learning_rate=3e-3,
+                beta2=0.95, eval_interval=250),
+    "gpu": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, max_steps=5000, learning_rate=1e-3,
+                dropout=0.2, eval_interval=250),
+    "gpt2": dict(dataset="openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=480,
+                 micro_batch_size=12, max_steps=600_000, learning_rate=6e-4, warmup_steps=2000, beta2=0.95,
+                 eval_interval=1000, eval_tokens=2_000_000),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train it. A preset sets several flags at once; flags that you give win over it."""
+
+    preset: str = option("auto", "cpu: 0.8M parameters, a minute; gpu: 10.7M, minutes; gpt2: 124M on OpenWebText, days "
+                         "(auto: gpu where there is CUDA, else cpu)", ("auto", *PRESETS))
+    dataset: str | None = option(None, "a folder of data/ that prepare.py made (default: tiny Shakespeare by character, "
+                                 "or pydoc where that cannot be downloaded)")
+    out: str | None = option(None, "the run's folder (default: a new one in out/)")
+    resume: bool = option(False, "go on with the run in --out, or with the newest, from its last.pt")
+    seed: int = option(1337, "of weights, batches and dropout")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps ...")
+    dtype: str = option("auto", "of matrix products (auto: bfloat16 where a CUDA device has it, else float32)",
+                        ("auto", "float32", "bfloat16"))
+    compile: bool | None = option(None, "torch.compile the model (default: on CUDA only)")
+    batch_size: int = option(64, "sequences in one optimizer step, over all processes and accumulation steps together")
+    micro_batch_size: int | None = option(None, "sequences in one forward pass on one device: lower it if memory runs out; "
+                                          "gradients are accumulated up to batch_size (default: all at once)")
+    max_steps: int = option(5000, "optimizer steps")
+    learning_rate: float = option(1e-3, "at the end of the warm-up; falls to a tenth by a cosine")
+    warmup_steps: int = option(100, "steps over which the learning rate grows from 0")
+    weight_decay: float = option(0.1, "on matrices only")
+    beta2: float = option(0.99, "AdamW's second moment; beta1 is 0.9")
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 is no limit")
+    eval_interval: int = option(250, "steps from one evaluation, and checkpoint, to the next")
+    eval_tokens: int | None = option(None, "validate on so many tokens only (default: the whole validation split)")
+
+    def __post_init__(self):
+        for name in "batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_tokens":
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in "learning_rate", "weight_decay", "grad_clip", "warmup_steps", "seed":
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative, and must be finite")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2={self.beta2} must lie in [0, 1), for example 0.99")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line is the two dataclasses
+
+
+def parse(argv=None):
+    """The flags that were given, as a dict; the rest is left to the preset and the defaults."""
+    parser = Parser(description=__doc__, epilog="presets:\n" + "\n".join(
+        f"  {name:5} " + " ".join(f"{k}={v}" for k, v in preset.items()) for name, preset in PRESETS.items()))
+    for config in TrainConfig, GPTConfig:
+        group = parser.add_argument_group(config.__name__, config.__doc__.split(". ")[0])
+        for field in fields(config):
+            if field.name == "vocab_size":                                           # is the data set's to say
+                continue
+            kind = next(iter(get_args(field.type)), field.type)                      # int | None -> int
+            help = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
+            if kind is bool:
+                group.add_argument(f"--{field.name}", action=BooleanOptionalAction, help=help)
+            else:
+                group.add_argument(f"--{field.name}", type=kind, choices=field.metadata["choices"], help=help,
+                                   metavar=None if field.metadata["choices"] else kind.__name__.upper())
+    return vars(parser.parse_args(argv))
+
+
+def resolve(given):
+    """The two configurations: defaults, under the preset, under the given flags. vocab_size is for `main` to fill in."""
+    preset = given.get("preset", "auto")
+    if preset == "auto":
+        preset = "gpu" if given.get("device", "auto").startswith(("auto", "cuda")) and torch.cuda.is_available() else "cpu"
+    values = {**PRESETS[preset], **given, "preset": preset}
+    return tuple(config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
+                 for config in (TrainConfig, GPTConfig))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it runs: one process, or as many as torchrun starts
+
+
+def choose_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:                                  # no such backend, or none in this build
+        raise UserError(f"--device={name} cannot be used here ({reason(error)}); take --device=cpu or leave it out") from None
+    return torch.device(name)
+
+
+def autocast(device, dtype):
+    """The context of the forward pass: matrix products in bfloat16 where asked for, everything else in float32."""
+    if dtype == "auto":
+        bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if bfloat16 else "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+class Processes:
+    """This process among those that torchrun started; a single one if it did not."""
+
+    def __init__(self, device):
+        self.rank, self.world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.device = choose_device(device)
+        if self.world > 1:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def sum(self, *numbers):
+        """These numbers, summed over all processes."""
+        if self.world == 1:
+            return numbers
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    @contextlib.contextmanager
+    def first(self):
+        """The first process goes through the body alone, then the others together."""
+        if self.rank:
+            dist.barrier()
+        yield
+        if self.world > 1 and self.rank == 0:
+            dist.barrier()
+
+    def print(self, *args, **kwargs):
+        if self.rank == 0:
+            print(*args, **kwargs, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def find_data(name):
+    """The data set's name, meta and splits. Small ones are prepared on the way; only the default has a substitute."""
+    if name is None:
+        try:
+            return find_data("shakespeare_char")
+        except UserError as error:
+            print(f"{error}; training on pydoc, Python's language reference, instead")
+            return find_data("pydoc")
+    if name in prepare.SOURCES and not (prepare.DATA / name / "meta.json").exists():
+        prepare.prepare_text(name, *prepare.SOURCES[name])
+    return name, *prepare.load(name)
+
+
+def batch(data, train, block_size, step, processes):
+    """This process's share of the sequences of a step: inputs and targets, (batch_size / processes, block_size) int64.
+
+    Where they start is drawn uniformly from all of the data, as a function of (seed, step) alone."""
+    starts = np.random.default_rng((train.seed, step)).integers(len(data) - block_size, size=train.batch_size)
+    share = np.split(starts, processes.world)[processes.rank]
+    return windows(data, share, block_size, processes.device)
+
+
+def windows(data, starts, length, device):
+    """Inputs and targets (len(starts), length): the tokens from each start on, and those one further."""
+    tokens = torch.from_numpy(data[starts[:, None] + np.arange(length + 1)].astype(np.int64)).to(device)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@torch.no_grad()
+def evaluate(model, data, block_size, eval_tokens, processes, context):
+    """Mean cross-entropy, in nats a token, over the first eval_tokens tokens of data, or all: each predicted once, from
+    those before it in windows of block_size side by side. The processes share the work."""
+    model.eval()
+    predicted = min(len(data) - 1, eval_tokens or len(data))
+    starts = np.arange(0, predicted - block_size + 1, block_size)
+    rows = max(1, 8192 // block_size)
+    chunks = [(starts[i : i + rows], block_size) for i in range(0, len(starts), rows)]
+    if predicted % block_size:                                                       # the rest, a shorter window
+        chunks.append((np.array([predicted - predicted % block_size]), predicted % block_size))
+    total = 0.0
+    for where, length in chunks[processes.rank :: processes.world]:
+        x, y = windows(data, where, length, processes.device)
+        with context:
+            total += model(x, y)[1].item() * y.numel()
+    model.train()
+    return processes.sum(total)[0] / predicted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run's folder
+
+
+def new_run(name):
+    """A folder of out/ that holds no run yet."""
+    for number in range(1, 10_000):
+        folder = OUT / (name if number == 1 else f"{name}-{number}")
+        if not (folder / "last.pt").exists():
+            return folder
+
+
+def newest_run():
+    """The folder of out/ whose checkpoint is the youngest. Raises UserError where there is none."""
+    runs = sorted(OUT.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise UserError(f"there is no run in {OUT}/; train one first: python train.py")
+    return runs[-1].parent
+
+
+def write(path, write_to):
+    """Writes a file under a temporary name and renames it, so that what was there before is lost only to what is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_to(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                                         # torch.save raises either
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({reason(error)}); what was saved before is intact: make room, or "
+                        "fix the permissions, then go on with --resume") from None
+
+
+def load_checkpoint(path, device="cpu"):
+    """A checkpoint as `save` wrote it, and its model on the device. Raises UserError where the file is not one."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = GPT(GPTConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}; train one first: python train.py --out={path.parent}") from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is not a usable checkpoint, or a damaged one ({reason(error)}); try the other of last.pt "
+                        "and best.pt, or train again") from None
+    return checkpoint, model.to(device)
+
+
+def plot(log, path):
+    """The losses of a run against its steps, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    steps = [entry["step"] for entry in log]
+    axes.plot(steps, [entry["train_loss"] for entry in log], "--", marker=".", label="training (mean since the last point)")
+    axes.plot(steps, [entry["val_loss"] for entry in log], marker="o", label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=path.parent.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def learning_rate(step, train):
+    """Linear warm-up, then half a cosine down to a tenth at max_steps."""
+    warmup = min(1.0, (step + 1) / (train.warmup_steps + 1))
+    return train.learning_rate * warmup * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / train.max_steps)))
+
+
+def make_optimizer(model, train, device):
+    """AdamW; weight decay pulls on matrices, not on gains and exponents."""
+    decayed = {True: [], False: []}
+    for parameter in model.parameters():
+        decayed[parameter.dim() > 1].append(parameter)
+    groups = [dict(params=decayed[True], weight_decay=train.weight_decay), dict(params=decayed[False], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, train.beta2), fused=device.type in ("cuda", "cpu"))
+
+
+def check_finite(loss, step, out):
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {float(loss)} at step {step:,}: training has diverged; the last good checkpoint, if any, is "
+                        f"intact in {out}; go on from it with a smaller rate: --resume --out={out} --learning_rate=...")
+
+
+def train_step(model, optimizer, train, x, y, context):
+    """One optimizer step on this process's sequences x, y (n, block_size), a micro-batch at a time; returns the mean loss
+    as a tensor, so that nobody waits for the device. DistributedDataParallel averages the gradients in the last backward."""
+    micro = train.micro_batch_size or len(x)
+    parts, loss_sum = len(x) // micro, 0.0
+    for part, (x_part, y_part) in enumerate(zip(x.split(micro), y.split(micro))):
+        more = part < parts - 1 and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if more else contextlib.nullcontext():
+            with context:
+                _, loss = model(x_part, y_part)
+            (loss / parts).backward()
+        loss_sum += loss.detach()
+    if train.grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum / parts
+
+
+class Interrupt:
+    """Ctrl-C, or a scheduler's SIGTERM, asks training to stop after the step in hand; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def accelerate(model, train, processes):
+    """The model as training calls it: compiled where asked for, and one of several where there are several."""
+    compile, cuda = train.compile, processes.device.type == "cuda"
+    if compile is None:
+        compile = cuda and find_spec("triton") is not None
+        if cuda and not compile:
+            processes.print("triton is not installed here, so the model is not compiled: slower, and otherwise the same")
+    if compile and not cuda and not (which("c++") or which("clang++") or which("cl")):
+        raise UserError("--compile on this device needs a C++ compiler, and none was found; install one or leave --compile out")
+    if compile:
+        model = torch.compile(model)
+    return DistributedDataParallel(model) if processes.world > 1 else model
+
+
+def check_fit(train, config, splits, processes):
+    """Raises UserError where batch, processes and data do not go together."""
+    share, rest = divmod(train.batch_size, processes.world)
+    if rest or share % (train.micro_batch_size or share):
+        raise UserError(f"--batch_size={train.batch_size} must be a multiple of {processes.world} processes x "
+                        f"--micro_batch_size={train.micro_batch_size or 1}; choose another of these")
+    if len(splits["train"]) <= config.block_size:
+        raise UserError(f"--block_size={config.block_size} needs more than its {len(splits['train'])} training tokens; "
+                        f"take a smaller one, or more text")
+    if len(splits["val"]) < 2:
+        raise UserError(f"the validation split has {len(splits['val'])} tokens and needs 2; prepare more text")
+
+
+def set_up(given):
+    """Everything that a run starts from, out of the given flags: (train, processes, out, data, model, state), where state
+    is what a checkpoint holds besides the model."""
+    checkpoint = None
+    try:
+        if given.get("resume"):
+            out = Path(given["out"]) if "out" in given else newest_run()
+            checkpoint, model = load_checkpoint(out / "last.pt")
+            train, config = resumed(given, checkpoint, out)
+        else:
+            train, config = resolve(given)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    processes = Processes(train.device)
+    with processes.first():
+        dataset, meta, splits = find_data(train.dataset)
+    if checkpoint is None:
+        vocab_size = prepare.tokenizer_size(meta["tokenizer"])
+        if vocab_size > 1000:
+            vocab_size += -vocab_size % 64                                           # GPUs like round numbers
+        train, config = replace(train, dataset=dataset), replace(config, vocab_size=vocab_size)
+        out = Path(train.out) if train.out else new_run(f"{dataset}-{config.attention}-{config.pos}")
+        if (out / "last.pt").exists():
+            raise UserError(f"{out} holds a run already; go on with it by --resume, or choose another --out")
+        torch.manual_seed(train.seed)
+        model = GPT(config)
+        state = dict(step=0, best_val_loss=math.inf, seconds=0.0, log=[], losses=[], optimizer=None,
+                     tokenizer=meta["tokenizer"])
+    else:
+        state = {key: value for key, value in checkpoint.items() if key != "model"}
+        if state["tokenizer"] != meta["tokenizer"]:
+            raise UserError(f"data set {dataset!r} is not the one that {out} was trained on: its tokenizer differs")
+    check_fit(train, config, splits, processes)
+    return train, processes, out, splits, model.to(processes.device), state
+
+
+def resumed(given, checkpoint, out):
+    """The run's own configurations, with those given flags that do not change what is being trained."""
+    stored = {**checkpoint["train_config"], **checkpoint["model_config"]}
+    fixed = {f.name for f in fields(GPTConfig)} | {"dataset", "preset", "seed", "batch_size"}
+    for name in fixed & given.keys():
+        if given[name] != stored[name]:
+            raise UserError(f"--{name}={given[name]} cannot change a run in the middle: {out} has {name}={stored[name]}; leave "
+                            "the flag out, or start a new run")
+    values = {**stored, **given}
+    return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)}), GPTConfig(**checkpoint["model_config"])
+
+
+def describe(train, config, model, splits, processes, context):
+    """Says in a few lines what is about to be trained, on what, and how."""
+    count = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in (
+        ("all", model), ("attention", torch.nn.ModuleList(block.attention for block in model.blocks)))}
+    tokens = train.batch_size * config.block_size
+    processes.print(
+        f"model: {config.attention} attention, {config.pos} positions, {config.n_layer} layers, {config.n_head} heads, "
+        f"{config.n_embd} wide: {count['all']:.2f}M parameters, {count['attention']:.2f}M of them in attention\n"
+        f"data:  {train.dataset}, {len(splits['train']):,} training and {len(splits['val']):,} validation tokens\n"
+        f"plan:  {train.max_steps:,} steps of {train.batch_size} x {config.block_size} = {tokens:,} tokens, "
+        f"{train.max_steps * tokens / len(splits['train']):.1f} times the data, on {processes.world} x {processes.device} in "
+        f"{'bfloat16' if context._enabled else 'float32'}")
+
+
+def main(argv=None):
+    train, processes, out, splits, model, state = set_up(parse(argv))
+    config, context = model.config, autocast(processes.device, train.dtype)
+    torch.set_float32_matmul_precision("high")                                       # TF32, where a GPU has it
+    optimizer = make_optimizer(model, train, processes.device)
+    if state["optimizer"]:
+        optimizer.load_state_dict(state["optimizer"])
+    parallel = accelerate(model, train, processes)
+    describe(train, config, model, splits, processes, context)
+
+    def save(name):
+        if processes.rank == 0:
+            state.update(losses=[float(loss) for loss in state["losses"]], optimizer=optimizer.state_dict())
+            checkpoint = {**state, "model": model.state_dict(), "model_config": asdict(config), "train_config": asdict(train)}
+            write(out / name, lambda temporary: torch.save(checkpoint, temporary))
+
+    interrupt, progress = Interrupt(), Progress(train.max_steps, state["step"])
+    started = time.time() - state["seconds"]
+    for step in range(state["step"], train.max_steps):
+        x, y = batch(splits["train"], train, config.block_size, step, processes)
+        torch.manual_seed(int(np.random.SeedSequence((train.seed, step, processes.rank)).generate_state(1)[0]))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, train)
+        state["losses"].append(train_step(parallel, optimizer, train, x, y, context))
+        state["step"] = done = step + 1
+        state["seconds"] = time.time() - started
+
+        if done % 10 == 0 and processes.rank == 0:
+            check_finite(state["losses"][-1], done, out)
+            tokens = train.batch_size * config.block_size * progress.rate(done)
+            progress(done, f"step {done:,} of {train.max_steps:,}: loss {state['losses'][-1]:.3f}, {tokens:,.0f} tokens/s")
+        if done % train.eval_interval == 0 or done == train.max_steps:
+            val_loss = evaluate(model, splits["val"], config.block_size, train.eval_tokens, processes, context)
+            (train_loss,) = processes.sum(float(sum(state["losses"])) / len(state["losses"]) / processes.world)
+            check_finite(train_loss + val_loss, done, out)
+            best = val_loss < state["best_val_loss"]
+            state["losses"], state["best_val_loss"] = [], min(val_loss, state["best_val_loss"])
+            state["log"].append(dict(step=done, train_loss=train_loss, val_loss=val_loss,
+                                     tokens=done * train.batch_size * config.block_size, seconds=round(state["seconds"], 1)))
+            save("last.pt")
+            if best:
+                save("best.pt")
+            if processes.rank == 0:
+                progress.clear()
+                lines = "".join(json.dumps(entry) + "\n" for entry in state["log"])
+                write(out / "log.jsonl", lambda temporary: temporary.write_text(lines))
+                print(f"step {done:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f}"
+                      f"{' (the best so far)' if best else ''}, {clock(state['seconds'])}", flush=True)
+        if interrupt.asked if processes.world == 1 else done % 10 == 0 and processes.sum(interrupt.asked)[0]:
+            save("last.pt")
+            progress.clear()
+            sys.exit(f"stopped after step {done:,}, which is saved; to go on: python train.py --resume --out={out}")
+
+    if processes.rank == 0:
+        plot(state["log"], out / "loss.png")
+        best = min(state["log"], key=lambda entry: entry["val_loss"])
+        print(f"validation loss: {val_loss:.4f} at the end, {best['val_loss']:.4f} at best (step {best['step']:,}), over "
+              f"{'the whole split' if not train.eval_tokens else f'{train.eval_tokens:,} tokens'}\n"
+              f"checkpoints: {out / 'last.pt'} and {out / 'best.pt'}; curves: {out / 'loss.png'}\n"
+              f"to sample from it: python sample.py --out={out}")
+    if processes.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    prepare.run(main)
