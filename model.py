@@ -310,7 +310,7 @@ class GPTConfig:
     (field, value, rule, a value that works) where the fields do not fit together."""
 
     attention: str = option("qv_ka", "what a token leaves behind for later ones to attend to", ATTENTIONS)
-    pos: str = option("rope", "positions: a learned table (GPT-2), rotary, or agf: a learned power law of distance", POSITIONS)
+    pos: str = option("agf", "positions: a learned table (GPT-2), rotary, or agf: a learned power law of distance", POSITIONS)
     block_size: int = option(256, "context: how many tokens the model sees at once")
     vocab_size: int = option(65, "number of different tokens")
     n_layer: int = option(6, "number of blocks")
@@ -388,11 +388,13 @@ class GPT(nn.Module):
             self.init(name, parameter)
 
     def init(self, name, parameter):
-        """Matrices as in GPT-2: std 0.02, and 1/sqrt(2 n_layer) of that where they add to the residual stream. An array
-        (H, fan_in, D) projects what is a projection already; it preserves the scale, so that a K made in two steps
-        starts as large as one made in one. Vectors (LayerNorm's gains, log_a) keep the values that they came with."""
-        if parameter.dim() > 1:
-            std = 0.02 if parameter.dim() == 2 else parameter.size(1) ** -0.5
+        """Matrices keep the scale of what they multiply, std 1/sqrt(fan_in), so a K or V made in two steps starts as large
+        as one made in one; those that add to the residual stream start smaller, as in GPT-2. Embeddings, tied to the
+        output, start with logits of std 0.4: a loss within 0.1 of ln(V). Vectors keep the values they came with."""
+        if parameter.dim() > 1:                            # (V, C), (fan_out, fan_in), or per head (H, fan_in, fan_out)
+            std = parameter.size(1) ** -0.5
+            if name.startswith("w"):                                                 # wte, wpe
+                std *= 0.4
             if name.endswith("out.weight"):
                 std /= math.sqrt(2 * self.config.n_layer)
             nn.init.normal_(parameter, std=std)

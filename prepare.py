@@ -39,12 +39,11 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Help that shows the program's own text; a mistake gets one sentence and exit status 2. Flags that were not given
-    do not appear in the result."""
+    """Help that shows the program's own text; a mistake gets one sentence and exit status 2."""
 
     def __init__(self, description, **options):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                         argument_default=argparse.SUPPRESS, **options)
+                         **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -361,22 +360,20 @@ def main(argv=None):
     parser.add_argument("--tokens", type=token_count, help="openwebtext: stop after so many (default: all, 9 billion, 18 GB)")
     parser.add_argument("--source", dest="file", metavar="FILE", help="openwebtext: read a .parquet file (column 'text') or a text "
                         "file (documents between empty lines) instead of the Hub")
-    args = vars(parser.parse_args(argv))
-    name, path = args["source"], Path(args["source"])
-    for flag, owner in ("tokenizer", None), ("tokens", "openwebtext"), ("file", "openwebtext"):
-        if flag in args and (name != owner if owner else name in (*SOURCES, "openwebtext")):
-            parser.error(f"--{'source' if flag == 'file' else flag} does not go with {name}; leave it out")
-    if name == "openwebtext":
-        writer = prepare_openwebtext(args.get("tokens"), args.get("file"))
-    elif name in SOURCES:
-        writer = prepare_text(name, *SOURCES[name])
+    args = parser.parse_args(argv)
+    path, named = Path(args.source), args.source in (*SOURCES, "openwebtext")
+    if args.tokenizer and named or (args.tokens or args.file) and args.source != "openwebtext":
+        parser.error("--tokenizer goes with the path of a text, --tokens and --source with openwebtext; leave out what does not")
+    if args.source == "openwebtext":
+        writer = prepare_openwebtext(args.tokens, args.file)
+    elif named:
+        writer = prepare_text(args.source, *SOURCES[args.source])
     elif path.stem in (*SOURCES, "openwebtext"):
         raise UserError(f"{path} would overwrite the data set {path.stem!r}, whose name is taken; rename the file")
     else:
-        name = path.stem
-        writer = prepare_text(name, lambda: file_text(path), args.get("tokenizer", "char"))
+        writer = prepare_text(path.stem, lambda: file_text(path), args.tokenizer or "char")
     print(f"{writer.folder}: {writer.tokens['train']:,} training and {writer.tokens['val']:,} validation tokens, vocabulary of "
-          f"{tokenizer_size(writer.meta['tokenizer']):,}\nto train on it: python train.py --dataset={name}")
+          f"{tokenizer_size(writer.meta['tokenizer']):,}\nto train on it: python train.py --dataset={writer.folder.name}")
 
 
 if __name__ == "__main__":

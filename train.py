@@ -19,7 +19,7 @@ import pickle
 import signal
 import sys
 import time
-from argparse import BooleanOptionalAction
+from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,8 +38,8 @@ from prepare import Parser, Progress, UserError, clock, reason
 OUT = Path("out")
 
 PRESETS = {
-    "cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_steps=1000, learning_rate=3e-3,
-                beta2=0.95, eval_interval=250),
+    "cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_steps=700, learning_rate=3e-3,
+                beta2=0.95, eval_interval=175),
     "gpu": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, max_steps=5000, learning_rate=1e-3,
                 dropout=0.2, eval_interval=250),
     "gpt2": dict(dataset="openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=480,
@@ -92,7 +92,7 @@ class TrainConfig:
 
 def parse(argv=None):
     """The flags that were given, as a dict; the rest is left to the preset and the defaults."""
-    parser = Parser(description=__doc__, epilog="presets:\n" + "\n".join(
+    parser = Parser(description=__doc__, argument_default=SUPPRESS, epilog="presets:\n" + "\n".join(
         f"  {name:5} " + " ".join(f"{k}={v}" for k, v in preset.items()) for name, preset in PRESETS.items()))
     for config in TrainConfig, GPTConfig:
         group = parser.add_argument_group(config.__name__, config.__doc__.split(". ")[0])
@@ -258,7 +258,7 @@ def write(path, write_to):
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written ({reason(error)}); what was saved before is intact: make room, or "
-                        "fix the permissions, then go on with --resume") from None
+                        "fix the permissions, and try again") from None
 
 
 def load_checkpoint(path, device="cpu"):
