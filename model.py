@@ -358,7 +358,7 @@ class MLP(nn.Module):
         self.p_dropout = config.dropout
 
     def forward(self, x):
-        return F.dropout(self.out(F.gelu(self.up(x))), self.p_dropout, self.training)
+        return F.dropout(self.out(F.gelu(self.up(x), approximate="tanh")), self.p_dropout, self.training)
 
 
 class Block(nn.Module):
@@ -390,11 +390,11 @@ class GPT(nn.Module):
     def init(self, name, parameter):
         """Matrices keep the scale of what they multiply, std 1/sqrt(fan_in), so a K or V made in two steps starts as large
         as one made in one; those that add to the residual stream start smaller, as in GPT-2. Embeddings, tied to the
-        output, start with logits of std 0.4: a loss within 0.1 of ln(V). Vectors keep the values they came with."""
+        output, start with logits of std 0.3: a loss within 0.1 of ln(V). Vectors keep the values they came with."""
         if parameter.dim() > 1:                            # (V, C), (fan_out, fan_in), or per head (H, fan_in, fan_out)
             std = parameter.size(1) ** -0.5
             if name.startswith("w"):                                                 # wte, wpe
-                std *= 0.4
+                std *= 0.3
             if name.endswith("out.weight"):
                 std /= math.sqrt(2 * self.config.n_layer)
             nn.init.normal_(parameter, std=std)

@@ -1,0 +1,334 @@
+"""model.py against the paper's formulas, its own table, and itself: every attention with every kind of positions."""
+
+import math
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+import model as model_py
+from model import ATTENTIONS, POSITIONS, GPT, GPTConfig
+
+CASES = pytest.mark.parametrize("attention,pos", list(product(ATTENTIONS, POSITIONS)))
+SMALL = dict(block_size=24, vocab_size=31, n_layer=2, n_head=4, n_embd=32)
+
+
+def small(attention, pos, **changes):
+    """A small model in float64, in which only mistakes make a difference of 1e-10."""
+    torch.manual_seed(0)
+    return GPT(GPTConfig(attention=attention, pos=pos, **{**SMALL, **changes})).double().eval()
+
+
+def tokens(*shape, vocab_size=SMALL["vocab_size"]):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+def logits(model, idx):
+    """Logits at every position, without a cache."""
+    return model(idx, idx)[0]
+
+
+def cached_logits(model, idx, chunks):
+    """The same, reading idx in chunks of these sizes into a cache."""
+    cache = model.new_cache()
+    return torch.cat([model(part, part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1)
+
+
+# What it computes -----------------------------------------------------------------------------------------------------
+
+
+def rotated(x):
+    """RoPE on x (T, heads, width) by complex numbers: pair k of the token at i times exp(i theta_k)."""
+    T, _, W = x.shape
+    theta = 10000.0 ** (-torch.arange(0, W, 2).double() / W)
+    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones(T, W // 2).double(), torch.arange(T)[:, None] * theta)[:, None]
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def textbook(attention, x, pos):
+    """y_i = sum_j softmax_j(q_i . k_j / sqrt(D) - a log(1 + i - j)) v_j, written from the table: x (T, C) to (T, C), with K
+    and V in full and no cleverness. QV-Ka under RoPE is given by its two scores instead of a key."""
+    a, name, T = attention, type(attention).__name__, len(x)
+    H, D = a.n_head, a.d_head
+    turn = rotated if pos == "rope" else lambda x: x
+    split = lambda x: x.unflatten(-1, (-1, D))
+    q = (x @ a.q.weight.T).unflatten(-1, (H, -1))
+    scale = 1 / math.sqrt(D)
+    if name == "MLA":
+        L, R = a.widths
+        c, r = (x @ a.down.weight.T).split([L, R], dim=-1)
+        k = torch.cat([torch.einsum("tl,hld->thd", c, a.up_k), turn(r[:, None]).expand(T, H, R)], dim=-1)
+        v = torch.einsum("tl,hld->thd", c, a.up_v)
+        q, scale = torch.cat([q[..., :D], turn(q[..., D:])], dim=-1), 1 / math.sqrt(D + R)
+    else:
+        v = split(x @ a.v.weight.T)
+        if name == "QV":
+            q, k = turn(q), turn(v)
+        elif name == "QVKa":
+            g, w = (x @ a.ctx.weight.T)[:, None], a.w_k.expand(H, -1, -1)
+            E = g.size(-1)
+            q_ctx, q_v = torch.einsum("thd,hed->the", q, w).split([E, D], dim=-1)     # W_K q, from q . W_K^T [g; v]
+            k, q = torch.cat([turn(g).expand(T, H, E), v], dim=-1), torch.cat([turn(q_ctx), q_v], dim=-1)
+            if pos != "rope":                                                         # there K = [G ; V] W_K, as the paper has it
+                k = torch.einsum("the,hed->thd", k, w)
+                q = split(x @ a.q.weight.T)
+        else:
+            q, k = turn(q), turn(split(x @ a.k.weight.T))
+            k, v = (m.repeat_interleave(H // m.size(1), dim=1) for m in (k, v))
+    score = torch.einsum("ihd,jhd->hij", q, k) * scale
+    weight = score.exp()
+    if pos == "agf":
+        distance = (torch.arange(T)[:, None] - torch.arange(T)).clamp(min=0)
+        weight = weight * (1 + distance) ** -a.decay.log_a.exp()[:, None, None]
+    weight = weight.tril()
+    y = torch.einsum("hij,jhd->ihd", weight / weight.sum(-1, keepdim=True), v)
+    return y.flatten(1) @ a.out.weight.T
+
+
+@CASES
+def test_attention_is_the_textbooks(attention, pos):
+    module = small(attention, pos).blocks[0].attention
+    x = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(2)).double()
+    tolerance = 1e-6 if pos == "rope" else 1e-10                  # the table of angles is kept in float32
+    torch.testing.assert_close(module(x), torch.stack([textbook(module, row, pos) for row in x]), rtol=tolerance, atol=tolerance)
+
+
+@CASES
+@pytest.mark.parametrize("chunks", [[1] * 24, [7, 1, 1, 9, 2, 4], [23, 1]], ids=["one by one", "ragged", "prompt"])
+def test_cached_is_full(attention, pos, chunks):
+    model, idx = small(attention, pos), tokens(3, 24)
+    torch.testing.assert_close(cached_logits(model, idx, chunks), logits(model, idx), rtol=1e-10, atol=1e-12)
+
+
+@CASES
+def test_causal(attention, pos):
+    model, idx = small(attention, pos), tokens(1, 24)
+    changed = idx.clone()
+    changed[0, 13] = (changed[0, 13] + 1) % 31
+    before, after = logits(model, idx), logits(model, changed)
+    assert torch.equal(before[:, :13], after[:, :13])
+    assert (before[:, 13:] != after[:, 13:]).any(dim=-1).all(), "a later token must see the change"
+
+
+@CASES
+def test_gradient_reaches_every_parameter(attention, pos):
+    model, idx = small(attention, pos), tokens(2, 24)
+    model(idx, idx.roll(-1, dims=1))[1].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and (parameter.grad != 0).any(), name
+
+
+@CASES
+def test_weights_are_those_of_forward(attention, pos):
+    module = small(attention, pos).blocks[0].attention
+    x = torch.randn(1, 9, 32).double()
+    weights = module.weights(x)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 9).double())
+    assert torch.equal(weights, weights.tril())
+    _, _, v, *_ = module.read(module.query(x, 0), module.write(x, 0))
+    v = v.repeat_interleave(4 // v.size(2), dim=2)
+    torch.testing.assert_close(torch.einsum("bhts,bshd->bthd", weights, v), module.mix(module.query(x, 0), module.write(x, 0)))
+
+
+# Identities -----------------------------------------------------------------------------------------------------------
+
+
+def same_functions(one, other, idx=None):
+    idx = tokens(2, 24) if idx is None else idx
+    torch.testing.assert_close(logits(one, idx), logits(other, idx), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(cached_logits(one, idx, [5, 1, 18]), logits(other, idx), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_gqa_with_a_group_a_head_is_qkv(pos):
+    qkv, gqa = small("qkv", pos), small("gqa", pos, n_kv_head=4)
+    gqa.load_state_dict(qkv.state_dict())
+    same_functions(qkv, gqa)
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_qv_is_qkv_whose_key_is_its_value(pos):
+    qkv, qv = small("qkv", pos), small("qv", pos)
+    state = qkv.state_dict()
+    for name in [name for name in state if name.endswith("attention.k.weight")]:
+        state[name] = state[name.replace(".k.", ".v.")]
+    qkv.load_state_dict(state)
+    qv.load_state_dict({name: value for name, value in state.items() if not name.endswith("attention.k.weight")})
+    same_functions(qkv, qv)
+
+
+@pytest.mark.parametrize("pos", ["learned", "agf"])
+def test_qv_ka_that_ignores_the_context_is_qv(pos):
+    qv, qv_ka = small("qv", pos), small("qv_ka", pos)
+    qv_ka.load_state_dict(qv.state_dict(), strict=False)
+    for block in qv_ka.blocks:
+        block.attention.w_k.data = torch.cat([torch.zeros(16, 8), torch.eye(8)]).double().expand(4, -1, -1).clone()
+    same_functions(qv, qv_ka)
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_shared_wk_is_every_heads_wk(pos):
+    shared, per_head = small("qv_ka", pos, shared_wk=True), small("qv_ka", pos)
+    state = {name: value.expand(4, -1, -1) if name.endswith("w_k") else value for name, value in shared.state_dict().items()}
+    per_head.load_state_dict(state)
+    same_functions(shared, per_head)
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+@pytest.mark.parametrize("attention", ["gqa", "mla", "qv_ka"])
+def test_other_widths(attention, pos):
+    model = small(attention, pos, n_kv_head=1, d_latent=5, d_rope=6, d_ctx=10, n_inner=17, n_head=2)
+    same_functions(model, model)
+
+
+# The cache ------------------------------------------------------------------------------------------------------------
+
+
+def table(text):
+    """The last column of the table of attentions: {name: numbers remembered per token and layer}."""
+    return dict(re.findall(r"^[ |]*`?(qkv|gqa|mla|qv_ka|qv)`?[ |].*?(?:  |\| )((?:2 )?[GH] D(?: \+ d_ctx)?|d_latent \(.*?\))[ |]*$", text, re.M))
+
+
+def numbers(formula, config):
+    """The value of such a column: terms with + between, factors with blanks."""
+    values = dict(H=config.n_head, G=config.n_kv_head, D=config.n_embd // config.n_head, d_ctx=config.d_ctx,
+                  d_latent=config.d_latent, d_rope=config.d_rope if config.pos == "rope" else 0)
+    terms = re.sub(r"[()]|under rope", "", formula).split("+")
+    return sum(math.prod(values.get(factor) if factor in values else int(factor) for factor in term.split()) for term in terms)
+
+
+@CASES
+def test_cache_takes_what_the_tables_say(attention, pos):
+    model = small(attention, pos).float()
+    cache = model.new_cache()
+    assert cache.length == 0 and cache.nbytes == 0
+    model(tokens(2, 7), cache=cache)
+    model(tokens(2, 1), cache=cache)
+    assert cache.length == 8
+    per_token = cache.nbytes / (2 * model.config.n_layer * model.config.block_size * 4)   # sequences, layers, tokens, bytes
+    for text in model_py.__doc__, (Path(__file__).parents[1] / "README.md").read_text():
+        assert per_token == numbers(table(text)[attention], model.config)
+
+
+def test_cache_ends_with_the_context():
+    model = small("qv_ka", "agf")
+    cache = model.new_cache()
+    model(tokens(1, 24), cache=cache)
+    with pytest.raises(ValueError, match=r"24 \+ 1 tokens .* block_size=24"):
+        model(tokens(1, 1), cache=cache)
+
+
+# Generation -----------------------------------------------------------------------------------------------------------
+
+
+def generated(model, idx, count, **options):
+    torch.manual_seed(3)
+    return torch.cat(list(model.generate(idx, count, **options)), dim=1)
+
+
+@CASES
+@pytest.mark.parametrize("prompt", [1, 24, 40])
+def test_generation_needs_no_cache_and_knows_no_end(attention, pos, prompt):
+    model, idx = small(attention, pos), tokens(2, prompt)
+    new = generated(model, idx, 60)
+    assert new.shape == (2, 60)
+    assert torch.equal(new, generated(model, idx, 60, use_cache=False))
+    window, draws = idx, []                                       # the stated policy, spelt out
+    torch.manual_seed(3)
+    for token in new.T[:, :, None]:
+        window = window[:, -12:] if window.size(1) > 24 else window
+        draws.append(torch.multinomial(model(window)[0][:, -1].float().softmax(-1), 1))
+        window = torch.cat([window, token], dim=1)
+    assert torch.equal(new, torch.cat(draws, dim=1))
+
+
+def test_temperature_and_top_k():
+    model, idx = small("qv_ka", "rope"), tokens(4, 5)
+    likeliest = model(idx)[0][:, -1].argmax(-1, keepdim=True)
+    assert torch.equal(generated(model, idx, 1, temperature=0), likeliest)
+    assert torch.equal(generated(model, idx, 1, top_k=1), likeliest)
+    top = model(idx)[0][:, -1].topk(3).indices
+    draws = torch.cat([generated(model, idx.roll(0), 1, top_k=3, temperature=5.0)] + [next(model.generate(idx, 1, 5.0, 3)) for _ in range(60)], 1)
+    for row, allowed in zip(draws, top):
+        assert set(row.tolist()) == set(allowed.tolist()), "in 60 draws, all of the three likeliest and nothing else"
+
+
+def test_context_of_one_token():
+    model = small("qv", "learned", block_size=1)
+    assert generated(model, tokens(1, 3), 5).shape == (1, 5)
+
+
+# Learning -------------------------------------------------------------------------------------------------------------
+
+
+@CASES
+def test_initial_loss_is_that_of_guessing(attention, pos):
+    torch.manual_seed(4)
+    model = GPT(GPTConfig(attention=attention, pos=pos, block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128))
+    idx = tokens(16, 65, vocab_size=65)
+    assert abs(model(idx[:, :-1], idx[:, 1:])[1].item() - math.log(65)) < 0.1
+
+
+@CASES
+def test_one_batch_overfits(attention, pos):
+    model = small(attention, pos).float().train()
+    idx = tokens(4, 25)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1, "random text can only be learned by heart"
+
+
+def test_keys_made_in_two_steps_start_as_large_as_in_one():
+    torch.manual_seed(5)
+    x = torch.randn(1, 64, 128)
+    scale = {}
+    for name in ATTENTIONS:
+        module = GPT(GPTConfig(attention=name, pos="learned", block_size=64, n_layer=1, n_head=4, n_embd=128)).blocks[0].attention
+        scale[name] = module.read(module.query(x, 0), module.write(x, 0))[1].std().item()
+    assert all(0.9 < value / scale["qkv"] < 1.1 for value in scale.values()), scale
+
+
+# Configuration --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong,words", [
+    (dict(attention="qkw"), "attention='qkw' is unknown; choose one of qkv, gqa, mla, qv, qv_ka"),
+    (dict(pos="alibi"), "pos='alibi' is unknown; choose one of learned, rope, agf"),
+    (dict(n_layer=0), "n_layer=0 must be at least 1"),
+    (dict(n_embd=50), "n_embd=50 must be a multiple of n_head=4, for example 52"),
+    (dict(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\), for example 0.1"),
+    (dict(attention="gqa", n_kv_head=3), "n_kv_head=3 must divide n_head=4, for example 2"),
+    (dict(pos="rope", n_embd=36), "n_embd=36 gives heads of odd width 9, but rope turns pairs; take 40"),
+    (dict(pos="rope", d_ctx=5), "d_ctx=5 must be even under rope, for example 16"),
+    (dict(d_latent=0), "d_latent=0 must be at least 1, for example 32"),
+])
+def test_a_wrong_configuration_gets_a_sentence(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        GPTConfig(**{**SMALL, **wrong})
+
+
+# Fork it --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_own_attention():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?class Keyless.*?)```", readme, re.S)
+    try:
+        exec(code, vars(model_py))
+        for pos in POSITIONS:
+            keyless, qv = small("keyless", pos), small("qv", pos)
+            same_functions(keyless, keyless)
+            state = keyless.state_dict()
+            for name in [name for name in state if name.endswith("route")]:           # the routing matrix belongs to W_Q
+                wq = name.replace("route", "q.weight")
+                state[wq] = torch.einsum("hcd,hde->hec", state[wq].unflatten(0, (4, 8)).transpose(1, 2), state.pop(name)).flatten(0, 1)
+            qv.load_state_dict(state)
+            same_functions(keyless, qv)
+    finally:
+        ATTENTIONS.pop("keyless", None)
