@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from argparse import BooleanOptionalAction
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -116,7 +117,7 @@ def draw_attention(model, tokenizer, idx, path):
     if not 2 <= T <= model.config.block_size:
         raise UserError(f"--attention_map takes a prompt of 2 to {model.config.block_size} tokens, the model's context, and this "
                         f"one has {T}; give another --prompt")
-    weights = attention_weights(model, idx)
+    weights = attention_weights(model, idx).numpy()
     labels = [tokenizer.decode([token]).decode(errors="replace").replace("\n", "\\n").replace("$", r"\$") for token in idx[0].tolist()]
     rows, columns = weights.shape[:2]
     size = max(1.6, 0.13 * T) if T <= 48 else 2.2
@@ -137,25 +138,26 @@ def draw_attention(model, tokenizer, idx, path):
 # What the cache costs and saves
 
 
-def benchmark(device, context, tokens=64, tokens_uncached=6):
-    """Prints tokens a second with and without the cache near 1,024 tokens of context, as medians over tokens that the five
-    attentions made in turn, and the cache's measured bytes a token in all layers together."""
-    print(f"{GPTConfig.n_layer} layers, {GPTConfig.n_head} heads, {GPTConfig.n_embd} wide; {device}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}\n\n"
+def benchmark(shape, device, context, tokens=64, tokens_uncached=6):
+    """Prints, for a GPTConfig's shape with each attention and kind of positions, tokens a second with and without the cache
+    at the end of the context (medians over tokens that the five attentions made in turn), and the cache's measured bytes for
+    a token, in all layers together."""
+    print(f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, {shape.block_size:,} tokens of context; {device}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}\n\n"
           "| positions | attention | cache, bytes/token | tokens/s with cache | relative to qkv | tokens/s without | with : without |\n"
           "|---|---|---|---|---|---|---|")
     for pos in POSITIONS:
-        models = {name: GPT(GPTConfig(attention=name, pos=pos, block_size=1024)).to(device).eval() for name in ATTENTIONS}
-        idx = torch.randint(GPTConfig.vocab_size, (1, 1024 - tokens - 1), device=device)
+        models = {name: GPT(replace(shape, attention=name, pos=pos)).to(device).eval() for name in ATTENTIONS}
+        idx = torch.randint(shape.vocab_size, (1, shape.block_size - tokens - 1), device=device)
         seconds = {}
         for use_cache, count in (True, tokens), (False, tokens_uncached):
             runs = {name: model.generate(idx, count + 1, use_cache=use_cache) for name, model in models.items()}
             times = {name: [] for name in models}
             for _ in range(count + 1):                                               # the first also reads the prompt
-                for name, run_ in runs.items():
+                for name, tokens_of in runs.items():
                     started = time.perf_counter()
                     with context:
-                        int(next(run_))                                              # waits for the device
+                        int(next(tokens_of))                                         # waits for the device
                     times[name].append(time.perf_counter() - started)
             seconds[use_cache] = {name: median(times[name][1:]) for name in models}
         for name, model in models.items():
@@ -170,7 +172,7 @@ def main(argv=None):
     context = autocast(device, args.dtype)
     torch.manual_seed(args.seed)
     if args.benchmark:
-        return benchmark(device, context)
+        return benchmark(GPTConfig(block_size=1024), device, context)
     out = args.out or newest_run()
     best, last = out / "best.pt", out / "last.pt"
     checkpoint, model = load_checkpoint(best if best.exists() else last, device)

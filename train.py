@@ -410,6 +410,8 @@ def set_up(given):
         state = {key: value for key, value in checkpoint.items() if key != "model"}
         if state["tokenizer"] != meta["tokenizer"]:
             raise UserError(f"data set {dataset!r} is not the one that {out} was trained on: its tokenizer differs")
+        if state["step"] >= train.max_steps:
+            raise UserError(f"{out} is at step {state['step']} of {train.max_steps} already; to train on, raise --max_steps")
     check_fit(train, config, splits, processes)
     return train, processes, out, splits, model.to(processes.device), state
 
@@ -428,12 +430,12 @@ def resumed(given, checkpoint, out):
 
 def describe(train, config, model, splits, processes, context):
     """Says in a few lines what is about to be trained, on what, and how."""
-    count = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in (
+    count = {name: sum(p.numel() for p in module.parameters()) for name, module in (
         ("all", model), ("attention", torch.nn.ModuleList(block.attention for block in model.blocks)))}
     tokens = train.batch_size * config.block_size
     processes.print(
         f"model: {config.attention} attention, {config.pos} positions, {config.n_layer} layers, {config.n_head} heads, "
-        f"{config.n_embd} wide: {count['all']:.2f}M parameters, {count['attention']:.2f}M of them in attention\n"
+        f"{config.n_embd} wide: {count['all']:,} parameters, {count['attention']:,} of them in attention\n"
         f"data:  {train.dataset}, {len(splits['train']):,} training and {len(splits['val']):,} validation tokens\n"
         f"plan:  {train.max_steps:,} steps of {train.batch_size} x {config.block_size} = {tokens:,} tokens, "
         f"{train.max_steps * tokens / len(splits['train']):.1f} times the data, on {processes.world} x {processes.device} in "
@@ -447,7 +449,7 @@ def main(argv=None):
     optimizer = make_optimizer(model, train, processes.device)
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
-    parallel = accelerate(model, train, processes)
+    parallel, interrupt = accelerate(model, train, processes), Interrupt()
     describe(train, config, model, splits, processes, context)
 
     def save(name):
@@ -456,8 +458,7 @@ def main(argv=None):
             checkpoint = {**state, "model": model.state_dict(), "model_config": asdict(config), "train_config": asdict(train)}
             write(out / name, lambda temporary: torch.save(checkpoint, temporary))
 
-    interrupt, progress = Interrupt(), Progress(train.max_steps, state["step"])
-    started = time.time() - state["seconds"]
+    progress, started = Progress(train.max_steps, state["step"]), time.time() - state["seconds"]
     for step in range(state["step"], train.max_steps):
         x, y = batch(splits["train"], train, config.block_size, step, processes)
         torch.manual_seed(int(np.random.SeedSequence((train.seed, step, processes.rank)).generate_state(1)[0]))

@@ -1,0 +1,509 @@
+"""prepare.py, train.py and sample.py as their users run them, and as they misuse them."""
+
+import hashlib
+import http.server
+import itertools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TEXT, TINY, call
+
+import prepare
+import sample
+import train
+from model import ATTENTIONS, POSITIONS
+
+
+def log(run):
+    """A run's log without its times."""
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in Path(run, "log.jsonl").read_text().splitlines()]
+
+
+def checkpoint(run, name="last.pt"):
+    return torch.load(Path(run, name), weights_only=True)
+
+
+def program(*command, **options):
+    """Runs `python <command>` in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120, env=environment, **options)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    try:
+        return prepare.GPT2Tokenizer()
+    except prepare.UserError as error:
+        pytest.skip(str(error))
+
+
+# The way through ------------------------------------------------------------------------------------------------------
+
+
+def test_prepare_train_sample_from_the_command_line(tmp_path):
+    """As in the README, in processes of their own: text in, tokens, training, text out."""
+    (tmp_path / "bottles.txt").write_text(TEXT)
+    tiny = ["--dataset=bottles", *TINY[1:]]
+    for command in ["prepare.py", "bottles.txt"], ["train.py", *tiny], ["train.py", "--resume", "--max_steps=8"]:
+        result = program(ROOT / command[0], *command[1:], cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    run = tmp_path / "out" / "bottles-qv_ka-agf"
+    assert "python sample.py --out=out/bottles-qv_ka-agf" in result.stdout
+    assert [entry["step"] for entry in log(run)] == [3, 6, 8]
+    assert set(log(run)[0]) == {"step", "train_loss", "val_loss", "tokens"}
+    assert f"validation loss: {log(run)[-1]['val_loss']:.4f} at the end" in result.stdout
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    sampled = [program(ROOT / "sample.py", "--prompt=green", "--max_new_tokens=40", flag, cwd=tmp_path) for flag in ("--cache", "--no-cache")]
+    assert sampled[0].stdout == sampled[1].stdout and sampled[0].stdout.startswith("green")
+    assert len(sampled[0].stdout) == len("green") + 40 + 1
+    assert "tokens/s; cache of 6,144 bytes, 384 a token" not in sampled[1].stderr and "no cache" in sampled[1].stderr
+    state = checkpoint(run)
+    assert isinstance(state["model"], dict) and all(isinstance(value, torch.Tensor) for value in state["model"].values())
+
+
+def test_importing_does_nothing(tmp_path):
+    result = program("-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import model, prepare, train, sample", cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "sample"])
+def test_help_teaches(name, capsys):
+    assert call(name, "--help") == 0
+    text = capsys.readouterr().out
+    assert f"python {name}.py" in text and "default" in text
+
+
+@pytest.mark.parametrize("attention,pos", [(a, p) for a in ATTENTIONS for p in POSITIONS][::4])
+def test_every_attention_trains_and_samples(folder, capsys, attention, pos):
+    assert call("train", *TINY, f"--attention={attention}", f"--pos={pos}", "--out=out/new") is None
+    assert call("sample", "--out=out/new", "--prompt=wall", "--max_new_tokens=30", "--num_samples=2", "--top_k=5") is None
+    captured = capsys.readouterr()
+    assert captured.out.count("wall") >= 2 and "60 tokens" in captured.err
+
+
+# prepare.py -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_prepared_text_comes_back(folder):
+    meta, splits = prepare.load("tiny")
+    tokenizer = prepare.tokenizer_from(meta["tokenizer"])
+    assert b"".join(tokenizer.decode(splits[name]) for name in ("train", "val")).decode() == TEXT
+    assert len(splits["train"]) == int(0.9 * len(TEXT)) == meta["tokens"]["train"]
+    assert splits["train"].dtype == np.uint16
+    assert meta["sha256"] == hashlib.sha256(TEXT.encode()).hexdigest() and meta["source"] == "tiny.txt"
+
+
+def test_gpt2_tokens_come_back(folder, gpt2):
+    Path("mixed.txt").write_text("Ein Hündchen, 一只小狗, a puppy. " * 20)
+    assert call("prepare", "mixed.txt", "--tokenizer=gpt2") is None
+    meta, splits = prepare.load("mixed")
+    text = b"".join(gpt2.decode(splits[name].tolist()) for name in ("train", "val")).decode()
+    assert text == Path("mixed.txt").read_text() and meta["tokenizer"] == {"kind": "gpt2"}
+    assert gpt2.decode([50300]) == b"", "an id that only rounds the vocabulary up"
+
+
+def test_gpt2_trains_and_streams_whole_characters(folder, gpt2, capsys):
+    Path("dogs.txt").write_text("一只小狗。" * 300)
+    assert call("prepare", "dogs.txt", "--tokenizer=gpt2") is None
+    assert call("train", "--dataset=dogs", *TINY[1:], "--out=out/dogs", "--max_steps=60", "--learning_rate=1e-2", "--warmup_steps=0") is None
+    assert checkpoint("out/dogs")["model_config"]["vocab_size"] == 50304
+    capsys.readouterr()
+    assert call("sample", "--out=out/dogs", "--prompt=一只", "--max_new_tokens=30", "--temperature=0") is None
+    assert "小狗。一只" in capsys.readouterr().out
+
+
+def test_pydoc_needs_no_network(folder):
+    assert call("prepare", "pydoc") is None
+    meta, splits = prepare.load("pydoc")
+    assert len(splits["train"]) > 300_000 and meta["source"].startswith("pydoc_data.topics of Python")
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves the test's folder, in the place of the site that has tiny Shakespeare."""
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        monkeypatch.setattr(prepare, "SHAKESPEARE_URL", f"http://127.0.0.1:{httpd.server_address[1]}/tiny.txt")
+        yield
+        httpd.shutdown()
+
+
+def test_shakespeare_is_downloaded_and_checked(folder, server, monkeypatch):
+    assert "is not tiny Shakespeare: its SHA-256" in call("prepare", "shakespeare_char")
+    assert not Path("data/shakespeare_char").exists()
+    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+    assert call("train", *TINY[1:], "--out=out/default") is None                     # no --dataset: it is fetched on the way
+    assert checkpoint("out/default")["train_config"]["dataset"] == "shakespeare_char"
+    assert Path("data/shakespeare_char/input.txt").read_text() == TEXT
+    monkeypatch.setattr(prepare, "SHAKESPEARE_URL", "http://127.0.0.1:9/")
+    assert call("prepare", "shakespeare_char") is None, "from input.txt, without the network"
+
+
+def test_real_shakespeare(folder, capsys):
+    source = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+    if not source.exists():
+        pytest.skip(f"the real tiny Shakespeare is not at ../shared/data/{source.name}")
+    Path("data/shakespeare_char").mkdir()
+    shutil.copy(source, "data/shakespeare_char/input.txt")
+    assert call("prepare", "shakespeare_char") is None
+    meta, splits = prepare.load("shakespeare_char")
+    assert (len(splits["train"]), len(splits["val"]), len(meta["tokenizer"]["chars"])) == (1_003_854, 111_540, 65)
+
+
+def test_without_network_the_default_is_pydoc_and_a_named_data_set_is_not(folder, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "SHAKESPEARE_URL", "http://127.0.0.1:9/")
+    assert call("train", *TINY[1:], "--eval_tokens=1000", "--out=out/default") is None
+    assert "training on pydoc, Python's language reference, instead" in capsys.readouterr().out
+    assert checkpoint("out/default")["train_config"]["dataset"] == "pydoc"
+    assert "cannot be downloaded" in call("train", *TINY[1:], "--dataset=shakespeare_char", "--out=out/named")
+    assert not Path("out/named").exists()
+
+
+def test_openwebtext_streams_from_parquet(folder, gpt2):
+    pytest.importorskip("datasets", reason="openwebtext needs the package datasets, which is not installed")
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = [f"Document number {i} says {'very ' * (i % 5)}little." for i in range(2500)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "web.parquet")
+    assert call("prepare", "openwebtext", "--source=web.parquet") is None
+    _, splits = prepare.load("openwebtext")
+    documents = gpt2.decode(splits["val"].tolist()).decode().split("<|endoftext|>")
+    assert documents == [texts[0], texts[2000], ""]
+    assert gpt2.decode(splits["train"].tolist()).decode().count("<|endoftext|>") == 2498
+    assert call("prepare", "openwebtext", "--source=web.parquet", "--tokens=1e3") is None
+    meta, splits = prepare.load("openwebtext")
+    assert len(splits["train"]) + len(splits["val"]) == sum(meta["tokens"].values()) == 1000
+    Path("web.txt").write_text("One document.\n\nAnother\none.\n\nA third.")
+    assert call("prepare", "openwebtext", "--source=web.txt") is None
+    Path("bad.parquet").write_text("no parquet")
+    assert "bad.parquet cannot be read" in call("prepare", "openwebtext", "--source=bad.parquet")
+    assert prepare.load("openwebtext")[0]["documents"] == 3, "the data set before is kept"
+
+
+def test_openwebtext_in_bounded_memory(folder, gpt2, monkeypatch):
+    """A source without an end: only what is asked for is read."""
+    seen = itertools.count()
+    monkeypatch.setattr(prepare, "documents", lambda source: (f"Document {next(seen)}." for _ in itertools.count()))
+    assert call("prepare", "openwebtext", "--tokens=20000") is None
+    assert next(seen) < 20000
+
+
+def limited_file_size(size, work):
+    """Runs work() in a process that may write no file larger than size bytes: a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        return work()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_no_half_made_data_set(folder):
+    before = {path.name: path.read_bytes() for path in Path("data/tiny").iterdir()}
+    Path("tiny.txt").write_text(TEXT * 2)
+    sentence = limited_file_size(20_000, lambda: call("prepare", "tiny.txt"))
+    assert "data/tiny could not be written (File too large)" in sentence and "run the same command again" in sentence
+    assert {path.name: path.read_bytes() for path in Path("data/tiny").iterdir()} == before
+    limited_file_size(20_000, lambda: call("prepare", "pydoc"))
+    assert list(Path("data").glob("pydoc/*")) == []
+    assert "data set 'pydoc2' is not prepared" in call("train", "--dataset=pydoc2", "--device=cpu")
+
+
+def test_an_interrupted_prepare_leaves_nothing(folder, monkeypatch):
+    def interrupted(self, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare.CharTokenizer, "encode", interrupted)
+    assert call("prepare", "pydoc") == "interrupted"
+    assert list(Path("data").glob("pydoc/*")) == []
+
+
+# train.py -------------------------------------------------------------------------------------------------------------
+
+RESUME = [*TINY[:-2], "--max_steps=12", "--eval_interval=4", "--dropout=0.2", "--micro_batch_size=2"]
+
+
+@pytest.mark.parametrize("at", [4, 7], ids=["at an evaluation", "between two"])
+def test_resume_is_exact(folder, monkeypatch, at):
+    """Ctrl-C after a step, then --resume: bit for bit the run that was never stopped, dropout included."""
+    assert call("train", *RESUME, "--out=out/whole") is None
+    steps, step = itertools.count(1), train.train_step
+
+    def interrupting(*args):
+        if next(steps) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", interrupting)
+    assert call("train", *RESUME, "--out=out/parts") == \
+        f"stopped after step {at}, which is saved; to go on: python train.py --resume --out=out/parts"
+    assert checkpoint("out/parts")["step"] == at
+    assert call("train", "--resume", "--out=out/parts") is None
+    assert log("out/parts") == log("out/whole")
+    whole, parts = checkpoint("out/whole"), checkpoint("out/parts")
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+
+
+def test_ctrl_c_in_a_process_of_its_own(folder):
+    command = [sys.executable, ROOT / "train.py", *TINY[:-2], "--max_steps=1000000", "--eval_interval=1000000", "--out=out/long"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("plan:"):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.startswith("stopped after step ") and "Traceback" not in errors
+    assert checkpoint("out/long")["step"] > 0 and not Path("out/long/best.pt").exists()
+    assert call("sample", "--out=out/long", "--max_new_tokens=3") is None
+
+
+def test_divergence_keeps_the_last_good_checkpoint(folder):
+    before = Path("out/run/last.pt").read_bytes()
+    sentence = call("train", "--resume", "--out=out/run", "--max_steps=300", "--learning_rate=1e38", "--grad_clip=0", "--weight_decay=0")
+    assert "training has diverged" in sentence and "--resume --out=out/run --learning_rate=" in sentence
+    assert Path("out/run/last.pt").read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(folder):
+    before = Path("out/run/last.pt").read_bytes()
+    sentence = limited_file_size(5_000, lambda: call("train", "--resume", "--out=out/run", "--max_steps=9"))
+    assert "out/run/last.pt could not be written" in sentence and "what was saved before is intact" in sentence
+    assert Path("out/run/last.pt").read_bytes() == before
+    assert not list(Path("out/run").glob("*.tmp"))
+
+
+def test_a_new_run_never_overwrites_an_old_one(folder):
+    for name in "tiny-qv-rope", "tiny-qv-rope-2":
+        assert call("train", *TINY, "--attention=qv", "--pos=rope") is None
+        assert Path("out", name, "last.pt").exists()
+
+
+@pytest.mark.parametrize("count,eval_tokens,predicted", [(83, None, 82), (81, None, 80), (10, None, 9), (83, 20, 20)])
+def test_validation_covers_every_token_once(folder, count, eval_tokens, predicted):
+    """Against the definition: each token after the first, predicted from those before it in its window of 16."""
+    model, alone = train.load_checkpoint(Path("out/run/last.pt"))[1], train.Processes("cpu")
+    val = prepare.load("tiny")[1]["val"][:count]
+    losses = []
+    for i in range(1, predicted + 1):
+        before = torch.from_numpy(val[(i - 1) // 16 * 16 : i].astype(np.int64))
+        losses.append(torch.nn.functional.cross_entropy(model.eval()(before[None])[0][0, -1], torch.tensor(int(val[i]))).item())
+    measured = train.evaluate(model, val, 16, eval_tokens, alone, train.autocast(alone.device, "auto"))
+    assert math.isclose(measured, sum(losses) / predicted, rel_tol=1e-5)
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    data, one, two = np.arange(1000, dtype=np.uint16), train.TrainConfig(batch_size=8), train.TrainConfig(batch_size=8, seed=2)
+    alone = type("Processes", (), dict(rank=0, world=1, device="cpu"))
+    x, y = train.batch(data, one, 5, 7, alone)
+    assert torch.equal(x + 1, y) and x.shape == (8, 5)
+    assert torch.equal(x, train.batch(data, one, 5, 7, alone)[0])
+    assert not torch.equal(x, train.batch(data, one, 5, 8, alone)[0]) and not torch.equal(x, train.batch(data, two, 5, 7, alone)[0])
+    shares = [train.batch(data, one, 5, 7, type("Processes", (), dict(rank=r, world=2, device="cpu")))[0] for r in range(2)]
+    assert torch.equal(torch.cat(shares), x) and not torch.equal(*shares)
+
+
+def test_two_processes_are_one(folder):
+    """torchrun with gloo: the same global batch, half on each process, against one process that accumulates."""
+    flags = [*TINY[:-2], "--max_steps=6", "--eval_interval=2"]
+    result = program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *flags, "--out=out/two")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("step 6:") == 1, "rank 0 alone speaks"
+    assert call("train", *flags, "--micro_batch_size=2", "--out=out/one") is None
+    for one, two in zip(log("out/one"), log("out/two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+    one, two = (checkpoint(run)["model"] for run in ("out/one", "out/two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+
+
+def test_learning_rate_and_weight_decay():
+    config = train.TrainConfig(learning_rate=1.0, warmup_steps=9, max_steps=100)
+    rates = [train.learning_rate(step, config) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[100] == pytest.approx(0.1) and max(rates) > 0.97 and np.argmax(rates) == 9
+    model = train.GPT(train.GPTConfig(block_size=4, n_layer=1, n_head=1, n_embd=4))
+    decayed, rest = train.make_optimizer(model, config, torch.device("cpu")).param_groups
+    assert all(p.dim() > 1 for p in decayed["params"]) and decayed["weight_decay"] == 0.1
+    assert all(p.dim() == 1 for p in rest["params"]) and rest["weight_decay"] == 0
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_presets_are_defaults_that_flags_override():
+    cpu, model = train.resolve(dict(preset="cpu", n_layer=2))
+    assert (model.n_layer, model.n_embd, cpu.max_steps) == (2, 128, train.PRESETS["cpu"]["max_steps"])
+    _, model = train.resolve(dict(preset="gpu"))
+    assert 10.0e6 < sum(p.numel() for p in train.GPT(train.replace(model, attention="qkv")).parameters()) < 11e6
+    config, model = train.resolve(dict(preset="gpt2"))
+    assert config.batch_size * model.block_size == 491_520 and config.dataset == "openwebtext"
+
+
+# sample.py ------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_from_everywhere(folder, capsys, monkeypatch):
+    Path("prompt.txt").write_text("hanging")
+    texts = []
+    for flags in ["--prompt=hanging"], ["--prompt_file=prompt.txt"]:
+        assert call("sample", *flags, "--max_new_tokens=20") is None
+        texts.append(capsys.readouterr().out)
+    piped = program(ROOT / "sample.py", "--prompt_file=-", "--max_new_tokens=20", input="hanging", cwd=folder)
+    assert texts == [piped.stdout] * 2
+    assert call("sample", "--prompt=hanging", "--max_new_tokens=20", "--seed=2") is None
+    assert capsys.readouterr().out != texts[0]
+
+
+def test_sampling_takes_the_newest_run(folder, capsys):
+    assert call("train", *TINY, "--attention=gqa", "--out=out/newer") is None
+    assert call("sample", "--max_new_tokens=2") is None
+    assert "gqa, agf, out/newer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_attention_maps_of_every_variant(folder, capsys, attention):
+    assert call("train", *TINY, f"--attention={attention}", "--pos=rope", "--out=out/new") is None
+    assert call("sample", "--out=out/new", "--prompt=bottles $", "--attention_map=map.png") is not None, "$ is no known character"
+    assert call("sample", "--out=out/new", "--prompt=bottles", "--attention_map=map.png") is None
+    assert Path("map.png").read_bytes().startswith(b"\x89PNG")
+    _, model = train.load_checkpoint(Path("out/new/last.pt"))
+    weights = sample.attention_weights(model.eval(), torch.arange(7)[None])
+    assert weights.shape == (1, 2, 7, 7)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 7))
+
+
+def test_benchmark_prints_measured_bytes(capsys):
+    shape = train.GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64)
+    sample.benchmark(shape, torch.device("cpu"), train.autocast(torch.device("cpu"), "float32"), tokens=2, tokens_uncached=1)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [tuple(row[:2]) for row in rows[2:]] == [(p, a) for p in POSITIONS for a in ATTENTIONS]
+    assert {row[1]: int(row[2]) for row in rows if row[0] == "rope"} == dict(qkv=128, gqa=64, mla=144, qv=64, qv_ka=128)
+    assert all(float(cell) > 0 for row in rows[2:] for cell in row[3:])
+
+
+# Misuse: one sentence, a non-zero exit, nothing lost ------------------------------------------------------------------
+
+DAMAGE = {
+    "truncated checkpoint": lambda: Path("out/run/best.pt").write_bytes(Path("out/run/best.pt").read_bytes()[:3000]),
+    "empty checkpoint": lambda: Path("out/run/best.pt").write_bytes(b""),
+    "text for checkpoint": lambda: Path("out/run/best.pt").write_text("hello"),
+    "other checkpoint": lambda: torch.save({"model": {}}, "out/run/best.pt"),
+    "list for checkpoint": lambda: torch.save([1, 2], "out/run/best.pt"),
+    "foreign attention": lambda: torch.save({**checkpoint("out/run"), "model_config": {**checkpoint("out/run")["model_config"],
+                                                                                     "attention": "mine"}}, "out/run/best.pt"),
+    "truncated data": lambda: Path("data/tiny/train.bin").write_bytes(Path("data/tiny/train.bin").read_bytes()[:-5]),
+    "foreign tokens": lambda: Path("data/tiny/val.bin").write_bytes(b"\xff" * Path("data/tiny/val.bin").stat().st_size),
+    "missing data": lambda: Path("data/tiny/val.bin").unlink(),
+    "truncated meta": lambda: Path("data/tiny/meta.json").write_text('{"tokenizer": '),
+    "meta without tokens": lambda: Path("data/tiny/meta.json").write_text('{"tokenizer": {"kind": "gpt2"}}'),
+    "list for meta": lambda: Path("data/tiny/meta.json").write_text("[]"),
+    "other tokenizer": lambda: (Path("tiny.txt").write_text(TEXT + "~"), call("prepare", "tiny.txt")),
+    "no runs": lambda: shutil.rmtree("out"),
+    "empty text": lambda: Path("empty.txt").write_text(""),
+    "binary text": lambda: Path("binary.txt").write_bytes(b"abc\xff\xfe" * 50),
+    "taken name": lambda: Path("pydoc.txt").write_text(TEXT),
+    "short text": lambda: (Path("short.txt").write_text("abcdefghij" * 3), call("prepare", "short.txt")),
+    "other input.txt": lambda: (Path("data/shakespeare_char").mkdir(), Path("data/shakespeare_char/input.txt").write_text(TEXT)),
+    "file for folder": lambda: Path("taken").write_text(""),
+    None: lambda: None,
+}
+NEW = [*TINY, "--out=out/new"]
+
+MISUSE = [
+    # program, flags, what is damaged before, words of the sentence
+    ("train", [*NEW, "--attentoin=qv"], None, "unrecognized arguments: --attentoin=qv"),
+    ("train", [*NEW, "--attention=qkw"], None, "invalid choice: 'qkw' (choose from"),
+    ("train", [*NEW, "--n_layer=two"], None, "argument --n_layer: invalid int value: 'two'"),
+    ("train", [*NEW, "--n_layer=0"], None, "--n_layer=0 must be at least 1"),
+    ("train", [*NEW, "--n_head=3"], None, "--n_embd=16 must be a multiple of n_head=3, for example 18"),
+    ("train", [*NEW, "--n_kv_head=5"], None, "--n_kv_head=5 must divide n_head=2"),
+    ("train", [*NEW, "--dropout=1.5"], None, "--dropout=1.5 must lie in [0, 1)"),
+    ("train", [*NEW, "--pos=rope", "--n_embd=18"], None, "--n_embd=18 gives heads of odd width 9"),
+    ("train", [*NEW, "--max_steps=0"], None, "--max_steps=0 must be at least 1"),
+    ("train", [*NEW, "--learning_rate=-1"], None, "--learning_rate=-1.0 must not be negative"),
+    ("train", [*NEW, "--learning_rate=nan"], None, "--learning_rate=nan must not be negative, and must be finite"),
+    ("train", [*NEW, "--seed=-1"], None, "--seed=-1 must not be negative"),
+    ("train", [*NEW, "--micro_batch_size=3"], None, "--batch_size=4 must be a multiple of 1 processes x --micro_batch_size=3"),
+    ("train", [*NEW, "--device=cuda:99"], None, "--device=cuda:99 cannot be used here"),
+    ("train", [*NEW, "--device=toaster"], None, "--device=toaster cannot be used here"),
+    ("train", [*NEW, "--dtype=float8"], None, "invalid choice: 'float8'"),
+    ("train", [*NEW, "--preset=huge"], None, "invalid choice: 'huge'"),
+    ("train", [*NEW, "--dataset=nowhere"], None, "data set 'nowhere' is not prepared"),
+    ("train", [*NEW, "--dataset=openwebtext"], None, "run: python prepare.py openwebtext"),
+    ("train", [*NEW, "--block_size=100000"], None, "--block_size=100000 needs more than its"),
+    ("train", [*NEW, "--dataset=short", "--block_size=32"], "short text", "--block_size=32 needs more than its 27 training tokens"),
+    ("train", [*NEW, "--dataset=shakespeare_char"], "other input.txt", "is not tiny Shakespeare"),
+    ("train", [*TINY, "--out=out/run"], None, "out/run holds a run already"),
+    ("train", [*TINY, "--out=taken/run"], "file for folder", "taken/run/last.pt could not be written"),
+    ("train", ["--resume", "--out=out/nowhere"], None, "there is no checkpoint out/nowhere/last.pt"),
+    ("train", ["--resume"], "no runs", "there is no run in out/"),
+    ("train", ["--resume", "--out=out/run"], None, "is at step 6 of 6 already; to train on, raise --max_steps"),
+    ("train", ["--resume", "--out=out/run", "--n_embd=32"], None, "--n_embd=32 cannot change a run in the middle"),
+    ("train", ["--resume", "--out=out/run", "--max_steps=9"], "other tokenizer", "its tokenizer differs"),
+    ("train", NEW, "truncated data", "data/tiny/train.bin has"),
+    ("train", NEW, "foreign tokens", "token 65535 is outside its vocabulary"),
+    ("train", NEW, "missing data", "data set 'tiny' is not prepared (data/tiny/val.bin is missing)"),
+    ("train", NEW, "truncated meta", "data/tiny/meta.json is damaged"),
+    ("train", NEW, "meta without tokens", "data/tiny/meta.json is damaged"),
+    ("train", NEW, "list for meta", "data/tiny/meta.json is damaged"),
+    ("prepare", [], None, "the following arguments are required: NAME"),
+    ("prepare", ["nowhere.txt"], None, "nowhere.txt cannot be read (No such file or directory)"),
+    ("prepare", ["data"], None, "data cannot be read (Is a directory)"),
+    ("prepare", ["empty.txt"], "empty text", "empty.txt holds 0 characters"),
+    ("prepare", ["binary.txt"], "binary text", "binary.txt is not UTF-8 text (byte 3 is 0xff)"),
+    ("prepare", ["pydoc.txt"], "taken name", "would overwrite the data set 'pydoc'"),
+    ("prepare", ["tiny.txt", "--tokens=5"], None, "--tokens and --source with openwebtext"),
+    ("prepare", ["openwebtext", "--tokens=-5"], None, "invalid token_count value: '-5'"),
+    ("prepare", ["tiny.txt", "--tokenizer=words"], None, "invalid choice: 'words'"),
+    ("sample", ["--out=out/nowhere"], None, "there is no checkpoint out/nowhere/last.pt"),
+    ("sample", [], "no runs", "there is no run in out/"),
+    ("sample", [], "truncated checkpoint", "out/run/best.pt is not a usable checkpoint"),
+    ("sample", [], "empty checkpoint", "out/run/best.pt is not a usable checkpoint"),
+    ("sample", [], "text for checkpoint", "out/run/best.pt is not a usable checkpoint"),
+    ("sample", [], "other checkpoint", "out/run/best.pt is not a usable checkpoint"),
+    ("sample", [], "list for checkpoint", "out/run/best.pt is not a usable checkpoint"),
+    ("sample", [], "foreign attention", "attention='mine' is unknown"),
+    ("sample", ["--prompt=naïve"], None, "character 'ï' (number 3 of the text) is not among the"),
+    ("sample", ["--prompt="], None, "--prompt is empty"),
+    ("sample", ["--prompt=a", "--prompt_file=tiny.txt"], None, "--prompt and --prompt_file exclude each other"),
+    ("sample", ["--prompt_file=nowhere.txt"], None, "--prompt_file=nowhere.txt cannot be read"),
+    ("sample", ["--prompt_file=binary.txt"], "binary text", "--prompt_file=binary.txt is not UTF-8 text"),
+    ("sample", ["--temperature=-1"], None, "--temperature=-1.0 must be at least 0"),
+    ("sample", ["--top_k=0"], None, "--top_k=0 must be at least 1"),
+    ("sample", ["--max_new_tokens=0"], None, "--max_new_tokens=0 must be at least 1"),
+    ("sample", ["--num_samples=0"], None, "--num_samples=0 must be at least 1"),
+    ("sample", ["--prompt=a", "--attention_map=map.png"], None, "takes a prompt of 2 to 16 tokens"),
+    ("sample", ["--prompt=hanging on the wall", "--attention_map=map.png"], None, "and this one has 19"),
+    ("sample", ["--prompt=wall", "--attention_map=taken/map.png"], "file for folder", "taken/map.png could not be written"),
+]
+
+
+def contents():
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name,flags,damage,words", MISUSE, ids=[f"{name}: {words[:40]}" for name, _, _, words in MISUSE])
+def test_misuse_gets_one_sentence(folder, capsys, name, flags, damage, words):
+    DAMAGE[damage]()
+    before = contents()
+    capsys.readouterr()
+    code = call(name, *flags)
+    sentence = capsys.readouterr().err.strip() if isinstance(code, int) else code
+    assert code not in (None, 0) and words in sentence, sentence
+    assert "\n" not in sentence and "Traceback" not in sentence and len(sentence) < 500
+    assert contents() == before, "nothing is lost, nothing half-made is left"
