@@ -11,6 +11,7 @@ interrupted is none, and never passes for one.
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -107,7 +108,7 @@ class CharTokenizer:
 
     @staticmethod
     def code_points(text):
-        return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
     def encode(self, text):
         """Token ids, uint16. Raises UserError naming a character that the vocabulary lacks."""
@@ -132,11 +133,10 @@ class GPT2Tokenizer:
 
     def __init__(self):
         import tiktoken
-        from requests import RequestException             # tiktoken fetches the vocabulary with requests
 
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
-        except (RequestException, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"GPT-2's vocabulary cannot be downloaded ({reason(error)}); connect to the network once, "
                             "or set TIKTOKEN_CACHE_DIR to a folder that has it") from None
 
@@ -159,49 +159,46 @@ def tokenizer_from(spec):
 
 
 class Writer:
-    """Writes data/<name>/, all or nothing: with Writer(name) as writer: writer.write("train", ids); writer.meta = ..."""
+    """What `new_data` yields: takes token ids as they come, counts them, and is told the rest of meta.json."""
 
-    def __init__(self, name):
-        self.folder, self.meta = DATA / name, {}
-        self.tokens = {"train": 0, "val": 0}
-
-    def __enter__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.files = {split: open(self.temporary(f"{split}.bin"), "wb") for split in self.tokens}
-        return self
-
-    def temporary(self, name):
-        return self.folder / f"{name}.tmp"
+    def __init__(self, folder, files):
+        self.folder, self.files, self.tokens, self.meta = folder, files, dict.fromkeys(files, 0), {}
 
     def write(self, split, ids):
-        self.files[split].write(np.ascontiguousarray(ids, dtype=np.uint16))
+        """Appends ids (anything like an array of integers below 65,536) to "train" or "val"."""
+        self.files[split].write(np.asarray(ids, dtype=np.uint16))
         self.tokens[split] += len(ids)
 
-    def __exit__(self, kind, error, trace):
-        names = ["train.bin", "val.bin", "meta.json"]
-        try:
-            for file in self.files.values():
-                file.close()
-            if kind is None:
-                self.temporary("meta.json").write_text(json.dumps({**self.meta, "tokens": self.tokens}, indent=1) + "\n")
-                (self.folder / "meta.json").unlink(missing_ok=True)
-                for name in names:
-                    os.replace(self.temporary(name), self.folder / name)
-        except OSError as failure:
-            kind, error = type(failure), failure
-        if kind is not None:
-            for name in names:
-                self.temporary(name).unlink(missing_ok=True)
-            if issubclass(kind, OSError):
-                raise UserError(f"{self.folder} could not be written ({reason(error)}); nothing half-made was left: "
-                                "make room, or fix the permissions, and run the same command again") from None
+
+@contextlib.contextmanager
+def new_data(name):
+    """Writes data/<name>/, all or nothing: with new_data(name) as writer: writer.write("train", ids); writer.meta = {...}"""
+    folder = DATA / name
+    names = ["train.bin", "val.bin", "meta.json"]
+    temporary = {name: folder / f"{name}.tmp" for name in names}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(temporary["train.bin"], "wb") as train, open(temporary["val.bin"], "wb") as val:
+            writer = Writer(folder, dict(train=train, val=val))
+            yield writer
+        temporary["meta.json"].write_text(json.dumps({**writer.meta, "tokens": writer.tokens}, indent=1) + "\n")
+        (folder / "meta.json").unlink(missing_ok=True)                               # from here to the end, no data set
+        for name in names:
+            os.replace(temporary[name], folder / name)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written ({reason(error)}); nothing half-made was left: make room, or fix the "
+                        "permissions, and run the same command again") from None
+    finally:
+        with contextlib.suppress(OSError):
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
 
 
 def load(name):
     """A prepared data set: its meta.json as a dict, and {"train": ids, "val": ids} as read-only uint16 arrays on disk.
 
     Raises UserError, with the command to run, where it is missing, incomplete or damaged."""
-    folder, again = DATA / name, f"run: python prepare.py {name}"
+    folder, again = DATA / name, f"run: python prepare.py {name if name in (*SOURCES, 'openwebtext') else f'PATH/{name}.txt'}"
     try:
         meta = json.loads((folder / "meta.json").read_text())
         vocab_size = tokenizer_size(meta["tokenizer"])
@@ -248,10 +245,10 @@ def shakespeare_text():
         raise UserError(f"{'the file at ' + str(path) if path.exists() else 'what was downloaded'} is not tiny Shakespeare: "
                         f"its SHA-256 is {digest[:12]}..., not {SHAKESPEARE_SHA256[:12]}...; {advice}")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(raw)
-        os.replace(temporary, path)
+        with contextlib.suppress(OSError):                                           # next time it need not be downloaded
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".tmp").write_bytes(raw)
+            os.replace(path.with_suffix(".tmp"), path)
     return raw, SHAKESPEARE_URL
 
 
@@ -293,7 +290,7 @@ def prepare_text(name, read, tokenizer):
     else:
         tokenizer = GPT2Tokenizer()
     cut = int(0.9 * len(text))
-    with Writer(name) as writer:
+    with new_data(name) as writer:
         for split, part in ("train", text[:cut]), ("val", text[cut:]):
             writer.write(split, tokenizer.encode(part))
         writer.meta = dict(tokenizer=tokenizer.spec, source=source, sha256=hashlib.sha256(raw).hexdigest())
@@ -327,7 +324,7 @@ def prepare_openwebtext(limit=None, source=None):
     tokenizer, digest, texts = GPT2Tokenizer(), hashlib.sha256(), documents(source)
     target = limit or OPENWEBTEXT_TOKENS
     progress, count, done = Progress(target), 0, 0
-    with Writer("openwebtext") as writer:
+    with new_data("openwebtext") as writer:
         while done < target and (batch := list(itertools.islice(texts, 512))):
             for text, ids in zip(batch, tokenizer.bpe.encode_ordinary_batch(batch, num_threads=os.cpu_count())):
                 if done < target:

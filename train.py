@@ -38,8 +38,8 @@ from prepare import Parser, Progress, UserError, clock, reason
 OUT = Path("out")
 
 PRESETS = {
-    "cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_steps=700, learning_rate=3e-3,
-                beta2=0.95, eval_interval=175),
+    "cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_steps=780, learning_rate=3e-3,
+                warmup_steps=200, beta2=0.98, eval_interval=260),
     "gpu": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, max_steps=5000, learning_rate=1e-3,
                 dropout=0.2, eval_interval=250),
     "gpt2": dict(dataset="openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=480,
