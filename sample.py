@@ -22,7 +22,7 @@ import torch
 
 from model import ATTENTIONS, POSITIONS, GPT, GPTConfig
 from prepare import Parser, UserError, reason, run, tokenizer_from
-from train import autocast, choose_device, load_checkpoint, newest_run, write
+from train import autocast, choose_device, choose_dtype, load_checkpoint, newest_run, write
 
 
 def parse(argv=None):
@@ -169,7 +169,7 @@ def benchmark(shape, device, context, tokens=64, tokens_uncached=6):
 def main(argv=None):
     args = parse(argv)
     device = choose_device(args.device)
-    context = autocast(device, args.dtype)
+    context = autocast(device, choose_dtype(args.dtype, device))
     torch.manual_seed(args.seed)
     if args.benchmark:
         return benchmark(GPTConfig(block_size=1024), device, context)

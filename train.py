@@ -124,6 +124,7 @@ def resolve(given):
 
 
 def choose_device(name):
+    """The torch.device of that name; auto is CUDA or MPS where there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -133,23 +134,29 @@ def choose_device(name):
     return torch.device(name)
 
 
-def autocast(device, dtype):
-    """The context of the forward pass: matrix products in bfloat16 where asked for, everything else in float32."""
-    if dtype == "auto":
+def choose_dtype(name, device):
+    """The dtype of matrix products; auto is bfloat16 where a CUDA device has it, else float32."""
+    if name == "auto":
         bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if bfloat16 else "float32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+        name = "bfloat16" if bfloat16 else "float32"
+    return getattr(torch, name)
+
+
+def autocast(device, dtype):
+    """The context of a forward pass: matrix products in that dtype, everything else in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 class Processes:
     """This process among those that torchrun started; a single one if it did not."""
 
     def __init__(self, device):
-        self.rank, self.world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
         self.device = choose_device(device)
         if self.world > 1:
             if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
@@ -179,14 +186,14 @@ class Processes:
 # Data
 
 
-def find_data(name):
+def find_data(name, tell):
     """The data set's name, meta and splits. Small ones are prepared on the way; only the default has a substitute."""
     if name is None:
         try:
-            return find_data("shakespeare_char")
+            return find_data("shakespeare_char", tell)
         except UserError as error:
-            print(f"{error}; training on pydoc, Python's language reference, instead")
-            return find_data("pydoc")
+            tell(f"{error}; training on pydoc, Python's language reference, instead")
+            return find_data("pydoc", tell)
     if name in prepare.SOURCES and not (prepare.DATA / name / "meta.json").exists():
         prepare.prepare_text(name, *prepare.SOURCES[name])
     return name, *prepare.load(name)
@@ -231,7 +238,7 @@ def evaluate(model, data, block_size, eval_tokens, processes, context):
 # A run's folder
 
 
-def new_run(name):
+def new_folder(name):
     """A folder of out/ that holds no run yet."""
     for number in range(1, 10_000):
         folder = OUT / (name if number == 1 else f"{name}-{number}")
@@ -261,10 +268,16 @@ def write(path, write_to):
                         "fix the permissions, and try again") from None
 
 
+# What a checkpoint holds. `losses` is the training loss of every step so far; `log` is what log.jsonl has.
+CHECKPOINT = ("model", "optimizer", "model_config", "train_config", "tokenizer", "step", "seconds", "best_val_loss", "losses", "log")
+
+
 def load_checkpoint(path, device="cpu"):
-    """A checkpoint as `save` wrote it, and its model on the device. Raises UserError where the file is not one."""
+    """A checkpoint, a dict with the keys above, and its model on the device. Raises UserError where the file is not one."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for key in CHECKPOINT:
+            checkpoint[key]                                                          # a KeyError, if it has none
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError:
@@ -275,17 +288,18 @@ def load_checkpoint(path, device="cpu"):
     return checkpoint, model.to(device)
 
 
-def plot(log, path):
-    """The losses of a run against its steps, as a picture."""
+def plot(losses, log, path):
+    """Draws a run: the training loss, a hundred means over all its steps, and the validation loss wherever it was measured."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    width = -(-len(losses) // 100)
+    bins = [losses[i : i + width] for i in range(0, len(losses), width)]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    steps = [entry["step"] for entry in log]
-    axes.plot(steps, [entry["train_loss"] for entry in log], "--", marker=".", label="training (mean since the last point)")
-    axes.plot(steps, [entry["val_loss"] for entry in log], marker="o", label="validation")
+    axes.plot([width * (i + 0.5) for i in range(len(bins))], [sum(bin) / len(bin) for bin in bins], label="training")
+    axes.plot([entry["step"] for entry in log], [entry["val_loss"] for entry in log], "o--", label="validation")
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=path.parent.name)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -310,12 +324,6 @@ def make_optimizer(model, train, device):
         decayed[parameter.dim() > 1].append(parameter)
     groups = [dict(params=decayed[True], weight_decay=train.weight_decay), dict(params=decayed[False], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, train.beta2), fused=device.type in ("cuda", "cpu"))
-
-
-def check_finite(loss, step, out):
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {float(loss)} at step {step:,}: training has diverged; the last good checkpoint, if any, is "
-                        f"intact in {out}; go on from it with a smaller rate: --resume --out={out} --learning_rate=...")
 
 
 def train_step(model, optimizer, train, x, y, context):
@@ -365,143 +373,181 @@ def accelerate(model, train, processes):
     return DistributedDataParallel(model) if processes.world > 1 else model
 
 
-def check_fit(train, config, splits, processes):
-    """Raises UserError where batch, processes and data do not go together."""
-    share, rest = divmod(train.batch_size, processes.world)
-    if rest or share % (train.micro_batch_size or share):
-        raise UserError(f"--batch_size={train.batch_size} must be a multiple of {processes.world} processes x "
-                        f"--micro_batch_size={train.micro_batch_size or 1}; choose another of these")
-    if len(splits["train"]) <= config.block_size:
-        raise UserError(f"--block_size={config.block_size} needs more than its {len(splits['train'])} training tokens; "
-                        f"take a smaller one, or more text")
-    if len(splits["val"]) < 2:
-        raise UserError(f"the validation split has {len(splits['val'])} tokens and needs 2; prepare more text")
+# The flags that a resumed run may be given anew. With none of them, it goes on exactly.
+MAY_CHANGE = {"out", "resume", "device", "dtype", "compile", "micro_batch_size", "max_steps", "learning_rate", "warmup_steps",
+              "weight_decay", "grad_clip", "eval_interval", "eval_tokens"}
 
 
-def set_up(given):
-    """Everything that a run starts from, out of the given flags: (train, processes, out, data, model, state), where state
-    is what a checkpoint holds besides the model."""
-    checkpoint = None
+def configure(given):
+    """The configurations and folder of a run, and, if it is to be resumed, its (checkpoint, model): (train, config, out,
+    resumed). Of a new run, what depends on the data set is still to come, and resumed is None."""
     try:
-        if given.get("resume"):
-            out = Path(given["out"]) if "out" in given else newest_run()
-            checkpoint, model = load_checkpoint(out / "last.pt")
-            train, config = resumed(given, checkpoint, out)
-        else:
+        if not given.get("resume"):
             train, config = resolve(given)
+            return train, config, train.out and Path(train.out), None
+        out = Path(given["out"]) if "out" in given else newest_run()
+        checkpoint, model = load_checkpoint(out / "last.pt")
+        stored = {**checkpoint["train_config"], **checkpoint["model_config"]}
+        for name in given.keys() - MAY_CHANGE:
+            if given[name] != stored[name]:
+                raise UserError(f"--{name}={given[name]} cannot change a run in the middle: {out} has {name}={stored[name]}; leave "
+                                "the flag out, or start a new run")
+        values = {**stored, **given}
+        return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)}), model.config, out, (checkpoint, model)
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    processes = Processes(train.device)
-    with processes.first():
-        dataset, meta, splits = find_data(train.dataset)
-    if checkpoint is None:
-        vocab_size = prepare.tokenizer_size(meta["tokenizer"])
+
+
+class Run:
+    """A run in progress: its configurations, data, model and optimizer, and what has happened so far."""
+
+    def __init__(self, given):
+        self.train, config, self.out, resumed = configure(given)
+        self.processes = Processes(self.train.device)
+        self.device = self.processes.device
+        with self.processes.first():
+            dataset, meta, self.splits = find_data(self.train.dataset, self.processes.print)
+        self.train = replace(self.train, dataset=dataset)
+        model = self.begin(config, meta) if resumed is None else self.go_on(*resumed, meta)
+        self.model = model.to(self.device)
+        self.config = self.model.config
+        self.check_fit()
+        self.dtype = choose_dtype(self.train.dtype, self.device)
+        self.optimizer = make_optimizer(self.model, self.train, self.device)
+        if resumed is not None:
+            self.optimizer.load_state_dict(resumed[0]["optimizer"])
+        self.parallel = accelerate(self.model, self.train, self.processes)
+
+    def begin(self, config, meta):
+        """A new model, and nothing that has happened."""
+        if self.out is None:
+            self.out = new_folder(f"{self.train.dataset}-{config.attention}-{config.pos}")
+        if (self.out / "last.pt").exists():
+            raise UserError(f"{self.out} holds a run already; go on with it by --resume, or choose another --out")
+        self.tokenizer = meta["tokenizer"]
+        self.step, self.seconds, self.best_val_loss, self.losses, self.log = 0, 0.0, math.inf, [], []
+        vocab_size = prepare.tokenizer_size(self.tokenizer)
         if vocab_size > 1000:
-            vocab_size += -vocab_size % 64                                           # GPUs like round numbers
-        train, config = replace(train, dataset=dataset), replace(config, vocab_size=vocab_size)
-        out = Path(train.out) if train.out else new_run(f"{dataset}-{config.attention}-{config.pos}")
-        if (out / "last.pt").exists():
-            raise UserError(f"{out} holds a run already; go on with it by --resume, or choose another --out")
-        torch.manual_seed(train.seed)
-        model = GPT(config)
-        state = dict(step=0, best_val_loss=math.inf, seconds=0.0, log=[], losses=[], optimizer=None,
-                     tokenizer=meta["tokenizer"])
-    else:
-        state = {key: value for key, value in checkpoint.items() if key != "model"}
-        if state["tokenizer"] != meta["tokenizer"]:
-            raise UserError(f"data set {dataset!r} is not the one that {out} was trained on: its tokenizer differs")
-        if state["step"] >= train.max_steps:
-            raise UserError(f"{out} is at step {state['step']} of {train.max_steps} already; to train on, raise --max_steps")
-    check_fit(train, config, splits, processes)
-    return train, processes, out, splits, model.to(processes.device), state
+            vocab_size = -(-vocab_size // 64) * 64                                   # GPUs multiply round numbers faster
+        torch.manual_seed(self.train.seed)
+        return GPT(replace(config, vocab_size=vocab_size))
 
+    def go_on(self, checkpoint, model, meta):
+        """The checkpoint's model, and all that had happened when it was written."""
+        for name in "tokenizer", "step", "seconds", "best_val_loss", "losses", "log":
+            setattr(self, name, checkpoint[name])
+        if self.tokenizer != meta["tokenizer"]:
+            raise UserError(f"data set {self.train.dataset!r} is not the one that {self.out} was trained on: its tokenizer differs; "
+                            "prepare that one again")
+        if self.step >= self.train.max_steps:
+            raise UserError(f"{self.out} is at step {self.step} of {self.train.max_steps} already; to train on, raise --max_steps")
+        return model
 
-def resumed(given, checkpoint, out):
-    """The run's own configurations, with those given flags that do not change what is being trained."""
-    stored = {**checkpoint["train_config"], **checkpoint["model_config"]}
-    fixed = {f.name for f in fields(GPTConfig)} | {"dataset", "preset", "seed", "batch_size"}
-    for name in fixed & given.keys():
-        if given[name] != stored[name]:
-            raise UserError(f"--{name}={given[name]} cannot change a run in the middle: {out} has {name}={stored[name]}; leave "
-                            "the flag out, or start a new run")
-    values = {**stored, **given}
-    return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)}), GPTConfig(**checkpoint["model_config"])
+    def check_fit(self):
+        """Raises UserError where batch, processes and data do not go together."""
+        train, world = self.train, self.processes.world
+        share, rest = divmod(train.batch_size, world)
+        if rest or share % (train.micro_batch_size or share):
+            raise UserError(f"--batch_size={train.batch_size} must be a multiple of {world} processes x "
+                            f"--micro_batch_size={train.micro_batch_size or 1}; choose another of these")
+        if len(self.splits["train"]) <= self.config.block_size:
+            raise UserError(f"--block_size={self.config.block_size} needs more than its {len(self.splits['train'])} training tokens; "
+                            "take a smaller one, or more text")
+        if len(self.splits["val"]) < 2:
+            raise UserError(f"the validation split has {len(self.splits['val'])} tokens and needs 2; prepare more text")
 
+    def describe(self):
+        """Says in a few lines what is about to be trained, on what, and how."""
+        train, config, splits = self.train, self.config, self.splits
+        count = {name: sum(p.numel() for n, p in self.model.named_parameters() if name in n) for name in ("", "attention")}
+        self.processes.print(
+            f"model: {config.attention} attention, {config.pos} positions, {config.n_layer} layers, {config.n_head} heads, "
+            f"{config.n_embd} wide: {count['']:,} parameters, {count['attention']:,} of them in attention\n"
+            f"data:  {train.dataset}, {len(splits['train']):,} training and {len(splits['val']):,} validation tokens\n"
+            f"plan:  {train.max_steps:,} steps of {train.batch_size} x {config.block_size} = {self.tokens(1):,} tokens, "
+            f"{self.tokens(train.max_steps) / len(splits['train']):.1f} times the data, on {self.processes.world} x {self.device} in "
+            f"{str(self.dtype).removeprefix('torch.')}")
 
-def describe(train, config, model, splits, processes, context):
-    """Says in a few lines what is about to be trained, on what, and how."""
-    count = {name: sum(p.numel() for p in module.parameters()) for name, module in (
-        ("all", model), ("attention", torch.nn.ModuleList(block.attention for block in model.blocks)))}
-    tokens = train.batch_size * config.block_size
-    processes.print(
-        f"model: {config.attention} attention, {config.pos} positions, {config.n_layer} layers, {config.n_head} heads, "
-        f"{config.n_embd} wide: {count['all']:,} parameters, {count['attention']:,} of them in attention\n"
-        f"data:  {train.dataset}, {len(splits['train']):,} training and {len(splits['val']):,} validation tokens\n"
-        f"plan:  {train.max_steps:,} steps of {train.batch_size} x {config.block_size} = {tokens:,} tokens, "
-        f"{train.max_steps * tokens / len(splits['train']):.1f} times the data, on {processes.world} x {processes.device} in "
-        f"{'bfloat16' if context._enabled else 'float32'}")
+    def tokens(self, steps):
+        return steps * self.train.batch_size * self.config.block_size
+
+    def advance(self):
+        """One step: a function of the weights, the seed and the step's number alone."""
+        torch.manual_seed(int(np.random.SeedSequence((self.train.seed, self.step, self.processes.rank)).generate_state(1)[0]))
+        x, y = batch(self.splits["train"], self.train, self.config.block_size, self.step, self.processes)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.train)
+        self.losses.append(train_step(self.parallel, self.optimizer, self.train, x, y, autocast(self.device, self.dtype)))
+        self.step += 1
+
+    def validate(self):
+        """Measures the validation loss, logs it and saves the run."""
+        since = self.log[-1]["step"] if self.log else 0
+        (train_loss,) = self.processes.sum(sum(map(float, self.losses[since:])) / (self.step - since) / self.processes.world)
+        val_loss = evaluate(self.model, self.splits["val"], self.config.block_size, self.train.eval_tokens, self.processes,
+                            autocast(self.device, self.dtype))
+        self.check_finite(train_loss, val_loss)
+        best, self.best_val_loss = val_loss < self.best_val_loss, min(val_loss, self.best_val_loss)
+        self.log.append(dict(step=self.step, train_loss=train_loss, val_loss=val_loss, tokens=self.tokens(self.step),
+                             seconds=round(self.seconds, 1)))
+        self.save("last.pt")
+        if best:
+            self.save("best.pt")
+        if self.processes.rank == 0:
+            lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
+            write(self.out / "log.jsonl", lambda temporary: temporary.write_text(lines))
+        self.processes.print(f"step {self.step:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f}"
+                             f"{' (the best so far)' if best else ''}, {clock(self.seconds)}")
+
+    def check_finite(self, *losses):
+        if not all(map(math.isfinite, losses)):
+            raise UserError(f"the loss is {float(sum(losses))} at step {self.step:,}: training has diverged; the last good checkpoint, "
+                            f"if any, is intact; go on from it with a smaller rate: --resume --out={self.out} --learning_rate=...")
+
+    def save(self, name):
+        """Writes a checkpoint, unless the weights are no numbers any more."""
+        self.check_finite(*(parameter.detach().sum() for parameter in self.model.parameters()))
+        self.losses = [float(loss) for loss in self.losses]
+        checkpoint = {**{name: getattr(self, name, None) for name in CHECKPOINT}, "model": self.model.state_dict(),
+                      "optimizer": self.optimizer.state_dict(), "model_config": asdict(self.config), "train_config": asdict(self.train)}
+        if self.processes.rank == 0:
+            write(self.out / name, lambda temporary: torch.save(checkpoint, temporary))
+
+    def finish(self):
+        """The picture, and what to do next."""
+        if self.processes.rank == 0:
+            plot(self.losses, self.log, self.out / "loss.png")
+        best = min(self.log, key=lambda entry: entry["val_loss"])
+        self.processes.print(
+            f"validation loss: {self.log[-1]['val_loss']:.4f} at the end, {best['val_loss']:.4f} at best (step {best['step']:,}), over "
+            f"{f'{self.train.eval_tokens:,} tokens' if self.train.eval_tokens else 'the whole split'}\n"
+            f"checkpoints: {self.out / 'last.pt'} and {self.out / 'best.pt'}; curves: {self.out / 'loss.png'}\n"
+            f"to sample from it: python sample.py --out={self.out}")
 
 
 def main(argv=None):
-    train, processes, out, splits, model, state = set_up(parse(argv))
-    config, context = model.config, autocast(processes.device, train.dtype)
     torch.set_float32_matmul_precision("high")                                       # TF32, where a GPU has it
-    optimizer = make_optimizer(model, train, processes.device)
-    if state["optimizer"]:
-        optimizer.load_state_dict(state["optimizer"])
-    parallel, interrupt = accelerate(model, train, processes), Interrupt()
-    describe(train, config, model, splits, processes, context)
-
-    def save(name):
-        if processes.rank == 0:
-            state.update(losses=[float(loss) for loss in state["losses"]], optimizer=optimizer.state_dict())
-            checkpoint = {**state, "model": model.state_dict(), "model_config": asdict(config), "train_config": asdict(train)}
-            write(out / name, lambda temporary: torch.save(checkpoint, temporary))
-
-    progress, started = Progress(train.max_steps, state["step"]), time.time() - state["seconds"]
-    for step in range(state["step"], train.max_steps):
-        x, y = batch(splits["train"], train, config.block_size, step, processes)
-        torch.manual_seed(int(np.random.SeedSequence((train.seed, step, processes.rank)).generate_state(1)[0]))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, train)
-        state["losses"].append(train_step(parallel, optimizer, train, x, y, context))
-        state["step"] = done = step + 1
-        state["seconds"] = time.time() - started
-
-        if done % 10 == 0 and processes.rank == 0:
-            check_finite(state["losses"][-1], done, out)
-            tokens = train.batch_size * config.block_size * progress.rate(done)
-            progress(done, f"step {done:,} of {train.max_steps:,}: loss {state['losses'][-1]:.3f}, {tokens:,.0f} tokens/s")
-        if done % train.eval_interval == 0 or done == train.max_steps:
-            val_loss = evaluate(model, splits["val"], config.block_size, train.eval_tokens, processes, context)
-            (train_loss,) = processes.sum(float(sum(state["losses"])) / len(state["losses"]) / processes.world)
-            check_finite(train_loss + val_loss, done, out)
-            best = val_loss < state["best_val_loss"]
-            state["losses"], state["best_val_loss"] = [], min(val_loss, state["best_val_loss"])
-            state["log"].append(dict(step=done, train_loss=train_loss, val_loss=val_loss,
-                                     tokens=done * train.batch_size * config.block_size, seconds=round(state["seconds"], 1)))
-            save("last.pt")
-            if best:
-                save("best.pt")
-            if processes.rank == 0:
-                progress.clear()
-                lines = "".join(json.dumps(entry) + "\n" for entry in state["log"])
-                write(out / "log.jsonl", lambda temporary: temporary.write_text(lines))
-                print(f"step {done:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f}"
-                      f"{' (the best so far)' if best else ''}, {clock(state['seconds'])}", flush=True)
-        if interrupt.asked if processes.world == 1 else done % 10 == 0 and processes.sum(interrupt.asked)[0]:
-            save("last.pt")
+    run, interrupt = Run(parse(argv)), Interrupt()
+    run.describe()
+    train, alone = run.train, run.processes.world == 1
+    progress, started = Progress(train.max_steps, run.step), time.time() - run.seconds
+    while run.step < train.max_steps:
+        run.advance()
+        run.seconds = time.time() - started
+        if run.step % 10 == 0:                                                       # seldom: looking at a loss waits for the GPU
+            run.check_finite(run.losses[-1])
+            if run.processes.rank == 0:
+                progress(run.step, f"step {run.step:,} of {train.max_steps:,}: loss {run.losses[-1]:.3f}, "
+                                   f"{run.tokens(1) * progress.rate(run.step):,.0f} tokens/s")
+        if run.step % train.eval_interval == 0 or run.step == train.max_steps:
             progress.clear()
-            sys.exit(f"stopped after step {done:,}, which is saved; to go on: python train.py --resume --out={out}")
-
-    if processes.rank == 0:
-        plot(state["log"], out / "loss.png")
-        best = min(state["log"], key=lambda entry: entry["val_loss"])
-        print(f"validation loss: {val_loss:.4f} at the end, {best['val_loss']:.4f} at best (step {best['step']:,}), over "
-              f"{'the whole split' if not train.eval_tokens else f'{train.eval_tokens:,} tokens'}\n"
-              f"checkpoints: {out / 'last.pt'} and {out / 'best.pt'}; curves: {out / 'loss.png'}\n"
-              f"to sample from it: python sample.py --out={out}")
-    if processes.world > 1:
+            run.validate()
+        if interrupt.asked if alone else run.step % 10 == 0 and run.processes.sum(interrupt.asked)[0]:
+            progress.clear()
+            run.save("last.pt")
+            sys.exit(f"stopped after step {run.step:,}, which is saved; to go on: python train.py --resume --out={run.out}")
+    run.finish()
+    if not alone:
         dist.destroy_process_group()
 
 

@@ -305,7 +305,7 @@ def test_validation_covers_every_token_once(folder, count, eval_tokens, predicte
     for i in range(1, predicted + 1):
         before = torch.from_numpy(val[(i - 1) // 16 * 16 : i].astype(np.int64))
         losses.append(torch.nn.functional.cross_entropy(model.eval()(before[None])[0][0, -1], torch.tensor(int(val[i]))).item())
-    measured = train.evaluate(model, val, 16, eval_tokens, alone, train.autocast(alone.device, "auto"))
+    measured = train.evaluate(model, val, 16, eval_tokens, alone, train.autocast(alone.device, torch.float32))
     assert math.isclose(measured, sum(losses) / predicted, rel_tol=1e-5)
 
 
@@ -389,7 +389,7 @@ def test_attention_maps_of_every_variant(folder, capsys, attention):
 
 def test_benchmark_prints_measured_bytes(capsys):
     shape = train.GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64)
-    sample.benchmark(shape, torch.device("cpu"), train.autocast(torch.device("cpu"), "float32"), tokens=2, tokens_uncached=1)
+    sample.benchmark(shape, torch.device("cpu"), train.autocast(torch.device("cpu"), torch.float32), tokens=2, tokens_uncached=1)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [tuple(row[:2]) for row in rows[2:]] == [(p, a) for p in POSITIONS for a in ATTENTIONS]
     assert {row[1]: int(row[2]) for row in rows if row[0] == "rope"} == dict(qkv=128, gqa=64, mla=144, qv=64, qv_ka=128)
