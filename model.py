@@ -21,7 +21,7 @@ C n_embd, H heads, G key/value heads, D = C / H head width, L d_latent, R d_rope
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -51,7 +51,7 @@ class Rotary(nn.Module):
 
 class Decay(nn.Module):
     """Our reading of AGF (arXiv:2603.04805; the source of its exact formula is not public): a key at distance r counts
-    (1 + r)^(-a_h) as much as one at distance 0. Each head learns its exponent a_h > 0, kept positive as exp(log_a)."""
+    (1 + r)^(-a_h) times what one at distance 0 does. Each head learns its exponent a_h > 0, kept positive as exp(log_a)."""
 
     def __init__(self, n_head):
         super().__init__()
@@ -134,17 +134,14 @@ class Attention(nn.Module):
         return x if self.rotary is None else self.rotary(x, start)
 
 
-class GQA(Attention):
-    """Grouped-query attention (arXiv:2305.13245): H / G query heads share one key and value head. G = 1 is MQA."""
+class QKV(Attention):
+    """Multi-head attention (arXiv:1706.03762): every head has a key and a value of its own."""
 
-    def __init__(self, config):
+    def __init__(self, config, n_kv_head=None):
         super().__init__(config)
-        width = self.n_kv_head(config) * self.d_head
+        width = (n_kv_head or self.n_head) * self.d_head
         self.k = nn.Linear(config.n_embd, width, bias=False)
         self.v = nn.Linear(config.n_embd, width, bias=False)
-
-    def n_kv_head(self, config):
-        return config.n_kv_head
 
     def write(self, x, start):
         return self.rotate(self.heads(self.k(x)), start), self.heads(self.v(x))     # 2 x (B, T, G, D)
@@ -153,28 +150,28 @@ class GQA(Attention):
         return q, *memory
 
 
-class QKV(GQA):
-    """Multi-head attention (arXiv:1706.03762): every head has a key and a value of its own."""
+class GQA(QKV):
+    """Grouped-query attention (arXiv:2305.13245): H / G query heads share one key and value head. G = 1 is MQA."""
 
-    def n_kv_head(self, config):
-        return config.n_head
+    def __init__(self, config):
+        super().__init__(config, config.n_kv_head)
 
 
 class MLA(Attention):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, eq. 9-19): keys and values of all heads are read from
-    one small latent c. RoPE on such keys could not be folded away, so position gets a key r of its own."""
+    one small latent c. When decoding, up_k folds into the query and up_v into the output, and attention runs straight over
+    the latents. RoPE on the keys would forbid that, so position gets a key r of its own, which the heads share."""
 
     def __init__(self, config):
-        self.widths = config.d_latent, config.d_rope if config.pos == "rope" else 0  # L, R
-        L, R = self.widths
-        D = config.n_embd // config.n_head
+        D, L, R = config.n_embd // config.n_head, config.d_latent, config.d_rope if config.pos == "rope" else 0
         super().__init__(config, d_query=D + R, d_rotary=R)
+        self.widths = L, R
         self.down = nn.Linear(config.n_embd, L + R, bias=False)
         self.up_k = nn.Parameter(torch.empty(config.n_head, L, D))
         self.up_v = nn.Parameter(torch.empty(config.n_head, L, D))
 
     def query(self, x, start):
-        q, q_r = self.q(x).unflatten(-1, (self.n_head, -1)).split([self.d_head, self.widths[1]], dim=-1)
+        q, q_r = self.q(x).unflatten(-1, (self.n_head, -1)).tensor_split([self.d_head], dim=-1)
         return torch.cat([q, self.rotate(q_r, start)], dim=-1)                       # (B, T, H, D + R)
 
     def write(self, x, start):
@@ -182,20 +179,20 @@ class MLA(Attention):
         return (torch.cat([c, self.rotate(r, start)], dim=-1),)                      # (B, T, 1, L + R)
 
     def read(self, q, memory):
-        c, r = memory[0].split(self.widths, dim=-1)                                  # (B, S, 1, L), (B, S, 1, R)
-        if has_past(q, memory):   # q . up_k(c) = up_k^T(q) . c: one shared head, whose key and value is the memory
-            q, q_r = q.split([self.d_head, self.widths[1]], dim=-1)
+        if has_past(q, memory):                    # q . up_k(c) = up_k^T(q) . c: the memory is the one head's key and value
+            q, q_r = q.tensor_split([self.d_head], dim=-1)
             q = torch.einsum("bthd,hld->bthl", q, self.up_k)
-            return torch.cat([q, q_r], dim=-1), memory[0], memory[0]
+            return torch.cat([q, q_r], dim=-1), *memory, *memory                     # (B, T, H, L + R), (B, S, 1, L + R)
+        c, r = memory[0].split(self.widths, dim=-1)                                  # (B, S, 1, L), (B, S, 1, R)
         k = torch.einsum("bsl,hld->bshd", c[:, :, 0], self.up_k)
         v = torch.einsum("bsl,hld->bshd", c[:, :, 0], self.up_v)
-        return q, torch.cat([k, r.expand(-1, -1, self.n_head, -1)], dim=-1), v
+        return q, torch.cat([k, r.expand(-1, -1, self.n_head, -1)], dim=-1), v       # (B, S, H, D + R), (B, S, H, D)
 
     def mix(self, q, memory):
         y = super().mix(q, memory)
-        if has_past(q, memory):                    # a mean of memories: its latent half, projected up, is that of values
+        if has_past(q, memory):                    # y is a mean of memories [c ; r]; the mean of up_v(c) is up_v of the mean
             y = torch.einsum("bthl,hld->bthd", y[..., : self.widths[0]], self.up_v)
-        return y
+        return y                                                                     # (B, T, H, D)
 
 
 class QV(Attention):
@@ -225,9 +222,10 @@ class QVKa(QV):
 
     def __init__(self, config):
         super().__init__(config, d_rotary=config.d_ctx)
+        self.widths = config.d_ctx, self.d_head                                      # E, D
         self.ctx = nn.Linear(config.n_embd, config.d_ctx, bias=False)
         n_wk = 1 if config.shared_wk else config.n_head
-        self.w_k = nn.Parameter(torch.empty(n_wk, config.d_ctx + self.d_head, self.d_head))
+        self.w_k = nn.Parameter(torch.empty(n_wk, sum(self.widths), self.d_head))
 
     def query(self, x, start):
         return self.heads(self.q(x))                                                 # rotated in `read`, once folded
@@ -238,12 +236,13 @@ class QVKa(QV):
 
     def read(self, q, memory):
         v, ctx = memory                                                              # (B, S, H, D), (B, S, E)
-        widths, w_k = [ctx.size(-1), self.d_head], self.w_k.expand(self.n_head, -1, -1)        # (H, E + D, D)
-        if self.rotary is None and not has_past(q, memory):                          # one K serves all T queries
-            w_ctx, w_v = w_k.split(widths, dim=1)
+        w_k = self.w_k.expand(self.n_head, -1, -1)                                   # (H, E + D, D)
+        if self.rotary is None and not has_past(q, memory):                          # make K once, for all T queries
+            w_ctx, w_v = w_k.split(self.widths, dim=1)
             k = torch.einsum("bse,hed->bshd", ctx, w_ctx) + torch.einsum("bshc,hcd->bshd", v, w_v)
             return q, k, v
-        q_ctx, q_v = (q.transpose(1, 2) @ w_k.mT).transpose(1, 2).split(widths, dim=-1)       # (B, T, H, E), (B, T, H, D)
+        folded = (q.transpose(1, 2) @ w_k.mT).transpose(1, 2)                        # (B, T, H, E + D): W_K q
+        q_ctx, q_v = folded.split(self.widths, dim=-1)
         q_ctx = self.rotate(q_ctx, ctx.size(1) - q.size(1))
         score = self.scale * q_ctx.flatten(1, 2) @ ctx.mT                            # (B, T H, S)
         return q_v, v, v, score.unflatten(1, (-1, self.n_head)).transpose(1, 2)
