@@ -10,7 +10,6 @@ Text goes to standard output as it is made; what it cost, speed and memory, goes
 """
 
 import codecs
-import math
 import sys
 import time
 from argparse import BooleanOptionalAction
@@ -47,8 +46,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     for name, least in ("num_samples", 1), ("max_new_tokens", 1), ("top_k", 1), ("temperature", 0), ("seed", 0):
         value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
-            parser.error(f"--{name}={value} must be at least {least}")
+        if value is not None and not least <= value < 2**63:
+            parser.error(f"--{name}={value} must be at least {least} and below 2**63")
     if args.prompt is not None and args.prompt_file is not None:
         parser.error("--prompt and --prompt_file exclude each other; give one")
     return args

@@ -79,9 +79,11 @@ class TrainConfig:
         for name in "batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_tokens":
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in "learning_rate", "weight_decay", "grad_clip", "warmup_steps", "seed":
+        for name in "learning_rate", "weight_decay", "grad_clip", "warmup_steps":
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative, and must be finite")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must lie in [0, 2**63), for example 1337")
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"beta2={self.beta2} must lie in [0, 1), for example 0.99")
 
@@ -525,6 +527,19 @@ class Run:
             f"to sample from it: python sample.py --out={self.out}")
 
 
+@contextlib.contextmanager
+def explaining_memory():
+    """Says what to lower where the memory of the device or the machine does not suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:                                     # the CPU's allocator raises the latter
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise UserError("memory ran out; lower --micro_batch_size (it changes nothing that is learned), or --n_embd, --n_layer "
+                            "or --block_size") from None
+        raise
+
+
+@explaining_memory()
 def main(argv=None):
     torch.set_float32_matmul_precision("high")                                       # TF32, where a GPU has it
     run, interrupt = Run(parse(argv)), Interrupt()

@@ -369,6 +369,13 @@ def test_prompts_from_everywhere(folder, capsys, monkeypatch):
     assert capsys.readouterr().out != texts[0]
 
 
+def test_a_reader_may_leave(folder):
+    process = subprocess.Popen([sys.executable, ROOT / "sample.py", "--max_new_tokens=1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == 1
+
+
 def test_sampling_takes_the_newest_run(folder, capsys):
     assert call("train", *TINY, "--attention=gqa", "--out=out/newer") is None
     assert call("sample", "--max_new_tokens=2") is None
@@ -437,7 +444,8 @@ MISUSE = [
     ("train", [*NEW, "--max_steps=0"], None, "--max_steps=0 must be at least 1"),
     ("train", [*NEW, "--learning_rate=-1"], None, "--learning_rate=-1.0 must not be negative"),
     ("train", [*NEW, "--learning_rate=nan"], None, "--learning_rate=nan must not be negative, and must be finite"),
-    ("train", [*NEW, "--seed=-1"], None, "--seed=-1 must not be negative"),
+    ("train", [*NEW, "--seed=-1"], None, "--seed=-1 must lie in [0, 2**63)"),
+    ("train", [*NEW, "--n_embd=100000000000"], None, "memory ran out; lower --micro_batch_size"),
     ("train", [*NEW, "--micro_batch_size=3"], None, "--batch_size=4 must be a multiple of 1 processes x --micro_batch_size=3"),
     ("train", [*NEW, "--device=cuda:99"], None, "--device=cuda:99 cannot be used here"),
     ("train", [*NEW, "--device=toaster"], None, "--device=toaster cannot be used here"),
