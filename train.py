@@ -12,6 +12,7 @@ computes the same numbers as one that was not, and its batches do not depend on 
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -241,11 +242,16 @@ def evaluate(model, data, block_size, eval_tokens, processes, context):
 
 
 def new_folder(name):
-    """A folder of out/ that holds no run yet."""
-    for number in range(1, 10_000):
+    """Makes a folder in out/ that no other run has, not even one that starts at the same moment."""
+    for number in itertools.count(1):
         folder = OUT / (name if number == 1 else f"{name}-{number}")
-        if not (folder / "last.pt").exists():
+        try:
+            folder.mkdir(parents=True)
             return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made ({reason(error)}); run where you may write, or choose --out") from None
 
 
 def newest_run():
@@ -410,10 +416,10 @@ class Run:
         with self.processes.first():
             dataset, meta, self.splits = find_data(self.train.dataset, self.processes.print)
         self.train = replace(self.train, dataset=dataset)
+        self.check_fit(config)
         model = self.begin(config, meta) if resumed is None else self.go_on(*resumed, meta)
         self.model = model.to(self.device)
         self.config = self.model.config
-        self.check_fit()
         self.dtype = choose_dtype(self.train.dtype, self.device)
         self.optimizer = make_optimizer(self.model, self.train, self.device)
         if resumed is not None:
@@ -423,8 +429,9 @@ class Run:
     def begin(self, config, meta):
         """A new model, and nothing that has happened."""
         if self.out is None:
-            self.out = new_folder(f"{self.train.dataset}-{config.attention}-{config.pos}")
-        if (self.out / "last.pt").exists():
+            name = f"{self.train.dataset}-{config.attention}-{config.pos}"
+            self.out = new_folder(name) if self.processes.rank == 0 else OUT / name
+        elif (self.out / "last.pt").exists():
             raise UserError(f"{self.out} holds a run already; go on with it by --resume, or choose another --out")
         self.tokenizer = meta["tokenizer"]
         self.step, self.seconds, self.best_val_loss, self.losses, self.log = 0, 0.0, math.inf, [], []
@@ -445,15 +452,15 @@ class Run:
             raise UserError(f"{self.out} is at step {self.step} of {self.train.max_steps} already; to train on, raise --max_steps")
         return model
 
-    def check_fit(self):
+    def check_fit(self, config):
         """Raises UserError where batch, processes and data do not go together."""
         train, world = self.train, self.processes.world
         share, rest = divmod(train.batch_size, world)
         if rest or share % (train.micro_batch_size or share):
             raise UserError(f"--batch_size={train.batch_size} must be a multiple of {world} processes x "
                             f"--micro_batch_size={train.micro_batch_size or 1}; choose another of these")
-        if len(self.splits["train"]) <= self.config.block_size:
-            raise UserError(f"--block_size={self.config.block_size} needs more than its {len(self.splits['train'])} training tokens; "
+        if len(self.splits["train"]) <= config.block_size:
+            raise UserError(f"--block_size={config.block_size} needs more than its {len(self.splits['train'])} training tokens; "
                             "take a smaller one, or more text")
         if len(self.splits["val"]) < 2:
             raise UserError(f"the validation split has {len(self.splits['val'])} tokens and needs 2; prepare more text")

@@ -296,6 +296,15 @@ def test_a_new_run_never_overwrites_an_old_one(folder):
         assert Path("out", name, "last.pt").exists()
 
 
+def test_runs_that_start_together_get_folders_of_their_own(folder):
+    folders = []
+    threads = [threading.Thread(target=lambda: folders.append(train.new_folder("same"))) for _ in range(8)]
+    for step in threading.Thread.start, threading.Thread.join:
+        for thread in threads:
+            step(thread)
+    assert len(set(folders)) == 8 and all(folder.is_dir() for folder in folders)
+
+
 @pytest.mark.parametrize("count,eval_tokens,predicted", [(83, None, 82), (81, None, 80), (10, None, 9), (83, 20, 20)])
 def test_validation_covers_every_token_once(folder, count, eval_tokens, predicted):
     """Against the definition: each token after the first, predicted from those before it in its window of 16."""
