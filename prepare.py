@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
 import time
@@ -195,6 +196,7 @@ def new_data(name):
         with contextlib.suppress(OSError):
             for path in temporary.values():
                 path.unlink(missing_ok=True)
+            folder.rmdir()                                                           # succeeds only if nothing is in it
 
 
 def load(name):
@@ -306,12 +308,14 @@ def documents(source=None):
         from datasets import load_dataset
     except ImportError:
         raise UserError("openwebtext needs one more package; run: pip install datasets") from None
+    logging.disable(logging.WARNING)                                                 # it tells of every attempt to connect
     if source is None:
         options = OPENWEBTEXT
     elif source.endswith(".parquet"):
         options = dict(path="parquet", data_files=source)
     else:
         options = dict(path="text", data_files=source, sample_by="paragraph")
+    print(f"opening {source or options['path']} ...", file=sys.stderr, flush=True)
     try:
         for document in load_dataset(**options, split="train", streaming=True):
             yield document["text"]
