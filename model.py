@@ -5,19 +5,20 @@ Attention compares a query with the keys of all earlier tokens and mixes their v
     y_i = sum_j p_ij v_j,    p_ij = softmax over j <= i of  q_i . k_j / sqrt(D)
 
 "QV May Be Enough" (arXiv:2603.15665) asks whether the key has to exist. This file turns that question into another:
-*what must a token leave behind, so that later tokens can attend to it?* An attention here says just two things: what it
+*what must a token leave behind, so that later tokens can attend to it?* An attention here says two things: what it
 remembers of each token (`write`: exactly what a KV cache stores), and how keys and values are read from that memory
-(`read`). Everything else is shared, and training is the same forward pass with nothing remembered beforehand.
+(`read`). The rest is shared (but for how MLA and QV-Ka ask), and training is the same forward pass with no past.
 
     attention   remembered per token           key           value     numbers per token and layer
     qkv         k, v                           k             v         2 H D
-    gqa         k, v of G < H heads            k             v         2 G D
+    gqa         k, v of G heads, G divides H   k             v         2 G D
     mla         latent c, rotary key r         [up_k(c); r]  up_v(c)   d_latent (+ d_rope under rope)
     qv          v                              v             v         H D
     qv_ka       v, and a context g             [g; v] W_K    v         H D + d_ctx
 
 Letters in shapes, all of them: B batch, T new tokens, S remembered tokens (the T new ones are the last of them),
-C n_embd, H heads, G key/value heads, D = C / H head width, L d_latent, R d_rope, E d_ctx, V vocabulary.
+C n_embd, H heads, G key/value heads, D = C / H head width, L d_latent, R d_rope, E d_ctx, V vocabulary. (In the paper's
+formulas G and V are also the contexts g and the values v of all tokens, as matrices.)
 """
 
 import math
@@ -32,8 +33,8 @@ import torch.nn.functional as F
 
 
 class Rotary(nn.Module):
-    """RoPE (arXiv:2104.09864): turn pairs of numbers by angles that grow with the token's position, so that the dot
-    product of two rotated vectors depends on their distance alone."""
+    """RoPE (arXiv:2104.09864): turn pairs of numbers, one from each half of the vector, by angles that grow with the token's
+    position, so that the dot product of two rotated vectors depends on their distance alone."""
 
     def __init__(self, width, block_size):
         super().__init__()
@@ -51,7 +52,8 @@ class Rotary(nn.Module):
 
 class Decay(nn.Module):
     """Our reading of AGF (arXiv:2603.04805; the source of its exact formula is not public): a key at distance r counts
-    (1 + r)^(-a_h) times what one at distance 0 does. Each head learns its exponent a_h > 0, kept positive as exp(log_a)."""
+    (1 + r)^(-a_h) times what one at distance 0 does. Each head learns its exponent a_h > 0, kept positive as exp(log_a); they start between
+    1/4, which sees far, and 4, which sees little but the token itself."""
 
     def __init__(self, n_head):
         super().__init__()
@@ -107,12 +109,14 @@ class Attention(nn.Module):
         if self.decay is not None:
             decay = self.decay(T, S).type_as(q)                                      # (1, H, T, S)
             score = decay if score is None else score + decay
-        is_causal = score is None and T == S      # SDPA aligns its own mask to the first key: right only if T == S
+        is_causal = score is None and 1 < T == S  # SDPA aligns its own mask to the first key: right only if T == S
         if T > 1 and not is_causal:
             future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
             score = (q.new_zeros(T, S) if score is None else score).masked_fill(future, -math.inf)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))                             # (B, heads, tokens, width)
-        if T == 1:                     # H/G heads that ask one key head for one token: the same as H/G tokens of one head
+        if T == 1:
+            # H/G query heads ask a key head for one token: as good as one head asking for H/G tokens, all of which see all S.
+            # SDPA then need not copy the key for every head, as enable_gqa does on a CPU.
             q = q.unflatten(1, (G, -1)).squeeze(3)                                   # (B, H, 1, *) -> (B, G, H/G, *)
             score = None if score is None else score.unflatten(1, (G, -1)).squeeze(3)
         y = F.scaled_dot_product_attention(
@@ -124,7 +128,7 @@ class Attention(nn.Module):
         """The weights (B, H, T, T) by which the tokens x (B, T, C) attend to each other: with the identity for values,
         the output of attention is its weights."""
         q, k, v, *score = self.read(self.query(x, 0), self.write(x, 0))
-        identity = torch.eye(x.size(1)).type_as(v)[None, :, None].expand(len(v), -1, v.size(2), -1)
+        identity = torch.eye(x.size(1)).type_as(v)[None, :, None].expand(len(v), -1, v.size(2), -1)        # (B, T, G, T)
         return self.attend(q, k, identity, *score).transpose(1, 2)
 
     def heads(self, x):
@@ -237,10 +241,10 @@ class QVKa(QV):
     def read(self, q, memory):
         v, ctx = memory                                                              # (B, S, H, D), (B, S, E)
         w_k = self.w_k.expand(self.n_head, -1, -1)                                   # (H, E + D, D)
-        if self.rotary is None and not has_past(q, memory):                          # make K once, for all T queries
+        if self.rotary is None and not has_past(q, memory):                          # training: K by one matmul, used T times,
             w_ctx, w_v = w_k.split(self.widths, dim=1)
             k = torch.einsum("bse,hed->bshd", ctx, w_ctx) + torch.einsum("bshc,hcd->bshd", v, w_v)
-            return q, k, v
+            return q, k, v                                                           # costs less than T wider scores
         folded = (q.transpose(1, 2) @ w_k.mT).transpose(1, 2)                        # (B, T, H, E + D): W_K q
         q_ctx, q_v = folded.split(self.widths, dim=-1)
         q_ctx = self.rotate(q_ctx, ctx.size(1) - q.size(1))
@@ -249,8 +253,8 @@ class QVKa(QV):
 
 
 def has_past(q, memory):
-    """Whether tokens before the new ones are remembered. Then it is cheaper to fold up-projections into the few queries
-    than to apply them to all S memories."""
+    """Whether tokens before the new ones are remembered. Then, as a rule, the queries are few, and it is cheaper to fold
+    up-projections into them than to apply them to all S memories."""
     return q.size(1) < memory[0].size(1)
 
 
@@ -324,9 +328,9 @@ class GPTConfig:
     n_inner: int | None = option(None, "width of the MLP (default: 4 x n_embd)")
 
     def __post_init__(self):
-        def check(ok, field, rule):
+        def check(ok, name, rule):
             if not ok:
-                raise ValueError(f"{field}={getattr(self, field)!r} {rule}")
+                raise ValueError(f"{name}={getattr(self, name)!r} {rule}")
 
         for name, choices in ("attention", ATTENTIONS), ("pos", POSITIONS):
             check(getattr(self, name) in choices, name, f"is unknown; choose one of {', '.join(choices)}")
@@ -389,7 +393,7 @@ class GPT(nn.Module):
     def init(self, name, parameter):
         """Matrices keep the scale of what they multiply, std 1/sqrt(fan_in), so a K or V made in two steps starts as large
         as one made in one; those that add to the residual stream start smaller, as in GPT-2. Embeddings, tied to the
-        output, start with logits of std 0.3: a loss within 0.1 of ln(V). Vectors keep the values they came with."""
+        output, start with logits of std 0.3: a loss within 0.1 of ln(V). Vectors keep the values that their module gave."""
         if parameter.dim() > 1:                            # (V, C), (fan_out, fan_in), or per head (H, fan_in, fan_out)
             std = parameter.size(1) ** -0.5
             if name.startswith("w"):                                                 # wte, wpe
@@ -425,7 +429,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
-        """Yields max_new_tokens tokens (B, 1), one at a time, that continue idx (B, T >= 1).
+        """Yields max_new_tokens tokens (B, 1), one at a time, that continue idx (B, T >= 1). Call eval() first, for dropout.
 
         temperature 0 takes the likeliest token; top_k leaves only the k likeliest to be drawn. When the context is full
         its last half is read again and generation goes on from there, with a cache and without."""
@@ -449,4 +453,5 @@ def sample(logits, temperature, top_k):
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    return torch.multinomial(torch.softmax(logits.float() / temperature, dim=-1), 1)
+    logits = logits.float() - logits.max(-1, keepdim=True).values                    # so that no temperature is too low
+    return torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)

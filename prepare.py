@@ -97,6 +97,9 @@ def run(main):
     except BrokenPipeError:                                                          # `sample.py | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error.filename or 'a file'} cannot be used ({reason(error)}); see that it is there, "
+                 "of the right kind, and that you may read and write it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,9 +206,13 @@ def load(name):
     """A prepared data set: its meta.json as a dict, and {"train": ids, "val": ids} as read-only uint16 arrays on disk.
 
     Raises UserError, with the command to run, where it is missing, incomplete or damaged."""
-    folder, again = DATA / name, f"run: python prepare.py {name if name in (*SOURCES, 'openwebtext') else f'PATH/{name}.txt'}"
+    if not name or name != Path(name).name:
+        raise UserError(f"--dataset={name} must be the name of a folder in {DATA}/, without a path")
+    known = name in (*SOURCES, "openwebtext")
+    folder, again = DATA / name, f"run: python prepare.py {name if known else f'PATH/{Path(name).stem}.txt'}"
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        meta["sha256"], meta["tokens"]["train"], meta["tokens"]["val"]               # a KeyError, if it has none
         vocab_size = tokenizer_size(meta["tokenizer"])
         splits = {}
         for split, tokens in meta["tokens"].items():
@@ -351,10 +358,9 @@ def prepare_openwebtext(limit=None, source=None):
 
 
 def token_count(text):
-    count = int(float(text))
-    if count < 1:
-        raise ValueError
-    return count
+    if not 1 <= float(text) < 1e15:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1, for example 1e9")
+    return int(float(text))
 
 
 def main(argv=None):

@@ -31,7 +31,7 @@ def parse(argv=None):
     parser.add_argument("--prompt_file", help="the same, from a UTF-8 file; - is standard input")
     parser.add_argument("--num_samples", type=int, default=1, help="how many texts (default: 1)")
     parser.add_argument("--max_new_tokens", type=int, default=500, help="tokens in each (default: 500)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 bolder, above 1 wilder, 0 always the likeliest "
+    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 more cautious, above 1 wilder, 0 always the likeliest "
                         "token (default: 0.8)")
     parser.add_argument("--top_k", type=int, default=None, help="draw from the k likeliest tokens only (default: all)")
     parser.add_argument("--seed", type=int, default=1337, help="of the draws (default: 1337)")
@@ -53,10 +53,11 @@ def parse(argv=None):
     return args
 
 
-def read_prompt(args):
-    """The prompt's text, from wherever the flags say."""
+def read_prompt(args, tokenizer):
+    """The prompt's text, from wherever the flags say; without any, a line break, or a first character that the model knows."""
     if args.prompt_file is None:
-        text, name = "\n" if args.prompt is None else args.prompt, "--prompt"
+        chars = tokenizer.spec.get("chars", "\n")
+        text, name = args.prompt if args.prompt is not None else "\n" if "\n" in chars else chars[0], "--prompt"
     else:
         name = f"--prompt_file={args.prompt_file}"
         try:
@@ -176,7 +177,8 @@ def main(argv=None):
     best, last = out / "best.pt", out / "last.pt"
     checkpoint, model = load_checkpoint(best if best.exists() else last, device)
     model.eval()
-    tokenizer, prompt = tokenizer_from(checkpoint["tokenizer"]), read_prompt(args)
+    tokenizer = tokenizer_from(checkpoint["tokenizer"])
+    prompt = read_prompt(args, tokenizer)
     idx = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))[None].to(device)
     if args.attention_map:
         return draw_attention(model, tokenizer, idx, args.attention_map)

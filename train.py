@@ -20,6 +20,7 @@ import pickle
 import signal
 import sys
 import time
+import zipfile
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
@@ -51,7 +52,8 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train it. A preset sets several flags at once; flags that you give win over it."""
+    """How to train it: a preset (listed below) sets many flags at once, and flags that you give win over it. The defaults
+    shown here are what no preset sets."""
 
     preset: str = option("auto", "cpu: 0.8M parameters, a minute; gpu: 10.7M, minutes; gpt2: 124M on OpenWebText, days "
                          "(auto: gpu where there is CUDA, else cpu)", ("auto", *PRESETS))
@@ -83,6 +85,8 @@ class TrainConfig:
         for name in "learning_rate", "weight_decay", "grad_clip", "warmup_steps":
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative, and must be finite")
+        if self.out == "":
+            raise ValueError("out='' must name a folder, for example out/mine")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must lie in [0, 2**63), for example 1337")
         if not 0 <= self.beta2 < 1:
@@ -131,7 +135,7 @@ def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).tolist()
     except (RuntimeError, AssertionError) as error:                                  # no such backend, or none in this build
         raise UserError(f"--device={name} cannot be used here ({reason(error)}); take --device=cpu or leave it out") from None
     return torch.device(name)
@@ -264,6 +268,8 @@ def newest_run():
 
 def write(path, write_to):
     """Writes a file under a temporary name and renames it, so that what was there before is lost only to what is whole."""
+    if not path.name:
+        raise UserError(f"{str(path)!r} is no name for a file; give one")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -277,12 +283,15 @@ def write(path, write_to):
 
 
 # What a checkpoint holds. `losses` is the training loss of every step so far; `log` is what log.jsonl has.
-CHECKPOINT = ("model", "optimizer", "model_config", "train_config", "tokenizer", "step", "seconds", "best_val_loss", "losses", "log")
+CHECKPOINT = ("model", "optimizer", "model_config", "train_config", "tokenizer", "data_sha256", "step", "seconds", "best_val_loss", "losses", "log")
 
 
 def load_checkpoint(path, device="cpu"):
     """A checkpoint, a dict with the keys above, and its model on the device. Raises UserError where the file is not one."""
     try:
+        with zipfile.ZipFile(path) as archive:                                       # torch's format, with checksums that torch
+            if damaged := archive.testzip():                                         # itself does not look at
+                raise ValueError(f"checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for key in CHECKPOINT:
             checkpoint[key]                                                          # a KeyError, if it has none
@@ -290,7 +299,8 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; train one first: python train.py --out={path.parent}") from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, zipfile.BadZipFile,
+            pickle.UnpicklingError) as error:
         raise UserError(f"{path} is not a usable checkpoint, or a damaged one ({reason(error)}); try the other of last.pt "
                         "and best.pt, or train again") from None
     return checkpoint, model.to(device)
@@ -431,23 +441,26 @@ class Run:
         if self.out is None:
             name = f"{self.train.dataset}-{config.attention}-{config.pos}"
             self.out = new_folder(name) if self.processes.rank == 0 else OUT / name
-        elif (self.out / "last.pt").exists():
+        elif any(self.out.glob("*.pt")):
             raise UserError(f"{self.out} holds a run already; go on with it by --resume, or choose another --out")
-        self.tokenizer = meta["tokenizer"]
+        self.tokenizer, self.data_sha256 = meta["tokenizer"], meta["sha256"]
         self.step, self.seconds, self.best_val_loss, self.losses, self.log = 0, 0.0, math.inf, [], []
         vocab_size = prepare.tokenizer_size(self.tokenizer)
         if vocab_size > 1000:
             vocab_size = -(-vocab_size // 64) * 64                                   # GPUs multiply round numbers faster
         torch.manual_seed(self.train.seed)
-        return GPT(replace(config, vocab_size=vocab_size))
+        model = GPT(replace(config, vocab_size=vocab_size))
+        if self.processes.rank == 0:                                                 # fail now, if writing fails, not in an hour
+            write(self.out / "log.jsonl", lambda temporary: temporary.write_text(""))
+        return model
 
     def go_on(self, checkpoint, model, meta):
         """The checkpoint's model, and all that had happened when it was written."""
-        for name in "tokenizer", "step", "seconds", "best_val_loss", "losses", "log":
+        for name in "tokenizer", "data_sha256", "step", "seconds", "best_val_loss", "losses", "log":
             setattr(self, name, checkpoint[name])
-        if self.tokenizer != meta["tokenizer"]:
-            raise UserError(f"data set {self.train.dataset!r} is not the one that {self.out} was trained on: its tokenizer differs; "
-                            "prepare that one again")
+        if (self.tokenizer, self.data_sha256) != (meta["tokenizer"], meta["sha256"]):
+            raise UserError(f"data set {self.train.dataset!r} is not the one that {self.out} was trained on (its text or its tokenizer, "
+                            f"which was {self.tokenizer['kind']}, differs); prepare that one again")
         if self.step >= self.train.max_steps:
             raise UserError(f"{self.out} is at step {self.step} of {self.train.max_steps} already; to train on, raise --max_steps")
         return model
@@ -457,8 +470,8 @@ class Run:
         train, world = self.train, self.processes.world
         share, rest = divmod(train.batch_size, world)
         if rest or share % (train.micro_batch_size or share):
-            raise UserError(f"--batch_size={train.batch_size} must be a multiple of {world} processes x "
-                            f"--micro_batch_size={train.micro_batch_size or 1}; choose another of these")
+            raise UserError(f"--batch_size={train.batch_size} must be a multiple of --micro_batch_size={train.micro_batch_size or 1} times "
+                            f"the number of processes, {world}; choose another of these")
         if len(self.splits["train"]) <= config.block_size:
             raise UserError(f"--block_size={config.block_size} needs more than its {len(self.splits['train'])} training tokens; "
                             "take a smaller one, or more text")
@@ -526,10 +539,10 @@ class Run:
         """The picture, and what to do next."""
         if self.processes.rank == 0:
             plot(self.losses, self.log, self.out / "loss.png")
-        best = min(self.log, key=lambda entry: entry["val_loss"])
+        best, eval_tokens = min(self.log, key=lambda entry: entry["val_loss"]), self.train.eval_tokens
         self.processes.print(
             f"validation loss: {self.log[-1]['val_loss']:.4f} at the end, {best['val_loss']:.4f} at best (step {best['step']:,}), over "
-            f"{f'{self.train.eval_tokens:,} tokens' if self.train.eval_tokens else 'the whole split'}\n"
+            f"{f'the first {eval_tokens:,} tokens' if eval_tokens and eval_tokens < len(self.splits['val']) else 'the whole split'}\n"
             f"checkpoints: {self.out / 'last.pt'} and {self.out / 'best.pt'}; curves: {self.out / 'loss.png'}\n"
             f"to sample from it: python sample.py --out={self.out}")
 
@@ -540,7 +553,7 @@ def explaining_memory():
     try:
         yield
     except (MemoryError, RuntimeError) as error:                                     # the CPU's allocator raises the latter
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error):
             raise UserError("memory ran out; lower --micro_batch_size (it changes nothing that is learned), or --n_embd, --n_layer "
                             "or --block_size") from None
         raise

@@ -51,6 +51,8 @@ def textbook(attention, x, pos):
     """y_i = sum_j softmax_j(q_i . k_j / sqrt(D) - a log(1 + i - j)) v_j, written from the table: x (T, C) to (T, C), with K
     and V in full and no cleverness. QV-Ka under RoPE is given by its two scores instead of a key."""
     a, name, T = attention, type(attention).__name__, len(x)
+    if name not in ("QKV", "GQA", "MLA", "QV", "QVKa"):
+        pytest.skip(f"no formula for {name} here; write one")
     H, D = a.n_head, a.d_head
     turn = rotated if pos == "rope" else lambda x: x
     split = lambda x: x.unflatten(-1, (-1, D))
@@ -127,7 +129,7 @@ def test_weights_are_those_of_forward(attention, pos):
     weights = module.weights(x)
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 9).double())
     assert torch.equal(weights, weights.tril())
-    _, _, v, *_ = module.read(module.query(x, 0), module.write(x, 0))
+    _, _, v, *_ = module.read(module.query(x, 0), module.write(x, 0))                # (1, 9, G, D)
     v = v.repeat_interleave(4 // v.size(2), dim=2)
     torch.testing.assert_close(torch.einsum("bhts,bshd->bthd", weights, v), module.mix(module.query(x, 0), module.write(x, 0)))
 
@@ -208,6 +210,8 @@ def test_cache_takes_what_the_tables_say(attention, pos):
     model(tokens(2, 1), cache=cache)
     assert cache.length == 8
     per_token = cache.nbytes / (2 * model.config.n_layer * model.config.block_size * 4)   # sequences, layers, tokens, bytes
+    if attention not in table(model_py.__doc__):
+        pytest.skip(f"the tables do not list {attention}; add it")
     for text in model_py.__doc__, (Path(__file__).parents[1] / "README.md").read_text():
         assert per_token == numbers(table(text)[attention], model.config)
 
@@ -248,9 +252,10 @@ def test_temperature_and_top_k():
     model, idx = small("qv_ka", "rope"), tokens(4, 5)
     likeliest = model(idx)[0][:, -1].argmax(-1, keepdim=True)
     assert torch.equal(generated(model, idx, 1, temperature=0), likeliest)
+    assert torch.equal(generated(model, idx, 1, temperature=1e-45), likeliest)
     assert torch.equal(generated(model, idx, 1, top_k=1), likeliest)
     top = model(idx)[0][:, -1].topk(3).indices
-    draws = torch.cat([generated(model, idx.roll(0), 1, top_k=3, temperature=5.0)] + [next(model.generate(idx, 1, 5.0, 3)) for _ in range(60)], 1)
+    draws = torch.cat([generated(model, idx, 1, top_k=3, temperature=5.0)] + [next(model.generate(idx, 1, 5.0, 3)) for _ in range(60)], 1)
     for row, allowed in zip(draws, top):
         assert set(row.tolist()) == set(allowed.tolist()), "in 60 draws, all of the three likeliest and nothing else"
 
@@ -319,6 +324,7 @@ def test_a_wrong_configuration_gets_a_sentence(wrong, words):
 def test_the_readmes_own_attention():
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?class Keyless.*?)```", readme, re.S)
+    before = dict(ATTENTIONS)
     try:
         exec(code, vars(model_py))
         for pos in POSITIONS:
@@ -331,4 +337,5 @@ def test_the_readmes_own_attention():
             qv.load_state_dict(state)
             same_functions(keyless, qv)
     finally:
-        ATTENTIONS.pop("keyless", None)
+        ATTENTIONS.clear()
+        ATTENTIONS.update(before)
