@@ -408,7 +408,8 @@ def test_benchmark_prints_measured_bytes(capsys):
     sample.benchmark(shape, torch.device("cpu"), train.autocast(torch.device("cpu"), torch.float32), tokens=2, tokens_uncached=1)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [tuple(row[:2]) for row in rows[2:]] == [(p, a) for p in POSITIONS for a in ATTENTIONS]
-    assert {row[1]: int(row[2]) for row in rows if row[0] == "rope"} == dict(qkv=128, gqa=64, mla=144, qv=64, qv_ka=128)
+    measured = {row[1]: int(row[2]) for row in rows if row[0] == "rope"}
+    assert measured.items() >= dict(qkv=128, gqa=64, mla=144, qv=64, qv_ka=128).items()
     assert all(float(cell) > 0 for row in rows[2:] for cell in row[3:])
 
 
