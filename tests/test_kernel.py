@@ -1,0 +1,372 @@
+"""kernel.py against plain PyTorch: on a GPU if there is one, else in Triton's interpreter, which runs the same kernels
+on the CPU; and compiled ahead of time for GPUs that need not be there."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from itertools import combinations, product
+from random import Random
+from unittest import mock
+
+import pytest
+import torch
+from conftest import ROOT
+
+CUDA = torch.cuda.is_available()
+INTERPRET = {} if CUDA else {"TRITON_INTERPRET": "1"}
+with mock.patch.dict(os.environ, INTERPRET):         # only here and during these tests: the others need not know
+    import kernel
+from kernel import qv_attention, qv_attention_plain, qv_decode, qv_decode_plain
+from model import GPTConfig, LayerCache, QVKa
+
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+runs = pytest.mark.skipif(not CUDA and not kernel.INTERPRETED, reason="needs triton, and a GPU or its interpreter")
+compiles = pytest.mark.skipif(kernel.triton is None, reason="needs triton")
+
+
+def pairs(seed=0, **factors):
+    """Cases in which every two values of two factors meet at least once: the full product would take hours."""
+    random, names = Random(seed), list(factors)
+    meetings = lambda case: {((a, case[a]), (b, case[b])) for a, b in combinations(names, 2)}
+    missing = {((a, x), (b, y)) for a, b in combinations(names, 2) for x, y in product(factors[a], factors[b])}
+    while missing:
+        drawn = [{name: random.choice(values) for name, values in factors.items()} for _ in range(200)]
+        best = max(drawn, key=lambda case: len(meetings(case) & missing))
+        if meetings(best) & missing:
+            missing -= meetings(best)
+            yield best
+
+
+def cases(**factors):
+    return [pytest.param(case, id=" ".join(f"{name}={str(x).removeprefix('torch.')}" for name, x in case.items()))
+            for case in pairs(**factors)]
+
+
+def tensor(*shape, dtype=torch.float32, layout="plain"):
+    """Random numbers, anew for each case; `gaps` and `heads first` have other strides than their shape suggests."""
+    if layout == "gaps":
+        return torch.randn(*shape[:-1], shape[-1] + 16, device=DEVICE).to(dtype)[..., 8:-8]
+    if layout == "heads first" and len(shape) == 4:
+        return torch.randn(shape[0], shape[2], shape[1], shape[3], device=DEVICE).to(dtype).transpose(1, 2)
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def inputs(T, D, E=0, decay=False, dtype=torch.float32, BH=(1, 2), past=0, layout="plain"):
+    """q, v, q_ctx, ctx and decay, leaves that want gradients, or None."""
+    (B, H), S = BH, T + past
+    made = [tensor(B, T, H, D, dtype=dtype, layout=layout), tensor(B, S, H, D, dtype=dtype, layout=layout)]
+    shapes = [(B, T, H, E), (B, S, E)]
+    made += [tensor(*shape, dtype=dtype, layout=layout) if E else None for shape in shapes]
+    made += [torch.rand(H, device=DEVICE) * 2 + 0.1 if decay else None]
+    return [x if x is None else x.requires_grad_() for x in made]
+
+
+def results(function, tensors, d_out):
+    """What a function returns, and the gradients of its inputs."""
+    out = function(*tensors)
+    return [out, *torch.autograd.grad(out, [x for x in tensors if x is not None], d_out.to(out.dtype))]
+
+
+def assert_close(found, expected, tolerance):
+    """By the norm of the difference; where the truth is nearly nothing, against the size that it could have had: the
+    decay's gradient is a sum over all B T queries, in which much cancels."""
+    B, T = found[0].shape[:2]
+    for x, y in zip(found, expected, strict=True):
+        assert x.shape == y.shape and x.isfinite().all()
+        error = (x.double() - y).norm() / max(y.norm(), math.sqrt(y.numel() * (B * T if y.dim() == 1 else 0.01)))
+        assert error < tolerance, f"{tuple(x.shape)}: {error:.1e}"
+
+
+def double(tensors):
+    return [x if x is None or not x.is_floating_point() else x.detach().double().requires_grad_() for x in tensors]
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """New memory is full of NaN, so a kernel that leaves anything unwritten is found out."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.zeros(1, device=DEVICE).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def interpret():
+    with mock.patch.dict(os.environ, INTERPRET):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fresh(request):
+    """Other random numbers for each test, the same in each run."""
+    torch.manual_seed(sum(map(ord, request.node.name)))
+
+
+# Forward and backward -------------------------------------------------------------------------------------------------
+
+
+@runs
+@pytest.mark.parametrize("case", cases(
+    T=[1, 2, 17, 64, 65, 127, 200], D=[16, 32, 64, 128], E=[0, 16, 64], decay=[False, True], dtype=DTYPES,
+    BH=[(1, 1), (2, 2), (1, 3)], past=[0, 1, 70], layout=["plain", "gaps", "heads first"]))
+def test_output_and_all_gradients(case):
+    tensors, d_out = inputs(**case), tensor(*case["BH"][:1], case["T"], case["BH"][1], case["D"])
+    expected = results(qv_attention_plain, double(tensors), d_out)
+    assert_close(results(qv_attention, tensors, d_out), expected, TOLERANCE[case["dtype"]])
+
+
+@pytest.mark.skipif(CUDA, reason="for the interpreter: on a GPU 16-bit numbers are cut so anyway")
+@runs
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("E", [0, 64, 128])
+def test_every_way_to_cut_the_scores(E, hopper, monkeypatch):
+    """The tiles of 16-bit numbers, in float32, where a wrong index cannot pass for rounding."""
+    tiles = kernel.tiles
+    monkeypatch.setattr(kernel, "tiles", lambda name, dtype, D, E, _: tiles(name, torch.float16, D, E, hopper))
+    tensors, d_out = inputs(T=141, D=64, E=E, decay=True, past=9), tensor(1, 141, 2, 64)
+    assert_close(results(qv_attention, tensors, d_out), results(qv_attention_plain, double(tensors), d_out), 1e-5)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU: in the interpreter this would take hours")
+@pytest.mark.parametrize("case", cases(
+    seed=1, T=[511, 1024, 4096], D=[16, 32, 64, 128], E=[0, 16, 32, 64, 128], decay=[False, True],
+    dtype=list(TOLERANCE), past=[0, 77]))
+def test_long_sequences_on_a_gpu(case):
+    tensors, d_out = inputs(**case), tensor(1, case["T"], 2, case["D"])
+    expected = results(qv_attention_plain, double(tensors), d_out)
+    assert_close(results(qv_attention, tensors, d_out), expected, TOLERANCE[case["dtype"]])
+
+
+@runs
+def test_the_same_bits_every_time():
+    tensors, d_out = inputs(T=50, D=32, E=16, decay=True, BH=(2, 2)), tensor(2, 50, 2, 32)
+    first, second = (results(qv_attention, tensors, d_out) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
+
+
+@runs
+def test_the_future_does_not_matter():
+    q, v, q_ctx, ctx, decay = (x.detach() for x in inputs(T=40, D=16, E=16, decay=True))
+    before = qv_attention(q, v, q_ctx, ctx, decay)
+    v[:, 23:], ctx[:, 23:] = 1e4, -1e4
+    after = qv_attention(q, v, q_ctx, ctx, decay)
+    assert torch.equal(before[:, :23], after[:, :23]) and not torch.equal(before[:, 23:], after[:, 23:])
+
+
+@runs
+@pytest.mark.parametrize("size", [1e-4, 30.0, 3000.0])
+def test_scores_of_any_size(size):
+    q, v, *_ = inputs(T=33, D=16)
+    q = (q.detach() * size).requires_grad_()
+    d_out = tensor(1, 33, 2, 16)
+    found, expected = (results(f, x, d_out) for f, x in ((qv_attention, [q, v]), (qv_attention_plain, double([q, v]))))
+    assert_close(found[:1], expected[:1], 2e-3 if size > 1000 else 1e-5)       # scores of 10^4 keep three digits of exp
+    assert all(x.isfinite().all() for x in found)
+
+
+@runs
+def test_an_operator_like_any_other():
+    """Schema, fake tensors and autograd as torch.compile expects them, and no graph break."""
+    tensors = inputs(T=20, D=16, E=16, decay=True)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    for case in (tensors, [*tensors[:2], None, None, None]):
+        torch.library.opcheck(kernel.attention_op, tuple(case), test_utils=checks)
+    twice, d_out = lambda *x: 2 * qv_attention(*x), tensor(1, 20, 2, 16)
+    compiled = torch.compile(twice, backend="aot_eager", fullgraph=True)
+    for x, y in zip(results(compiled, tensors, d_out), results(twice, tensors, d_out)):
+        assert torch.equal(x, y)
+    q, v, lengths = tensors[0][:, -1:].detach(), tensors[1].detach(), torch.tensor([20], device=DEVICE)
+    step = torch.compile(qv_decode, backend="aot_eager", fullgraph=True)
+    assert_close([step(q, v, lengths=lengths)], [qv_attention_plain(*double([q, v]))], 1e-5)
+
+
+@runs
+def test_gradient_of_a_plain_sum():
+    """sum() hands down a gradient that is one number, of stride 0."""
+    q, v, *_ = inputs(T=17, D=16)
+    qv_attention(q, v).sum().backward()
+    (d_v,) = torch.autograd.grad(qv_attention_plain(q, v).sum(), v)
+    assert_close([v.grad], [d_v.double()], 1e-5)
+
+
+# Decoding -------------------------------------------------------------------------------------------------------------
+
+
+@runs
+@pytest.mark.parametrize("case", cases(
+    lengths=[(1,), (64, 1), (150, 7, 200)], D=[16, 32, 64, 128], E=[0, 16, 64], decay=[False, True], dtype=DTYPES,
+    H=[1, 3, 5], layout=["plain", "gaps", "heads first"], index=[torch.int32, torch.int64]))
+def test_decoding(case):
+    """Ragged sequences in a cache of 200 tokens, the rest of which is NaN."""
+    lengths, B = torch.tensor(case["lengths"], dtype=case["index"], device=DEVICE), len(case["lengths"])
+    D, E, H, options = case["D"], case["E"], case["H"], dict(dtype=case["dtype"], layout=case["layout"])
+    q, v = tensor(B, 1, H, D, **options), tensor(B, 200, H, D, **options)
+    q_ctx, ctx = (tensor(B, 1, H, E, **options), tensor(B, 200, E, **options)) if E else (None, None)
+    decay = torch.rand(H, device=DEVICE) + 0.1 if case["decay"] else None
+    for b, n in enumerate(case["lengths"]):
+        v[b, n:] = math.nan
+        if E:
+            ctx[b, n:] = math.nan
+    expected = qv_decode_plain(*double([q, v, q_ctx, ctx, decay, lengths]))
+    found = qv_decode(q, v, q_ctx, ctx, decay, lengths)
+    assert_close([found], [expected], TOLERANCE[case["dtype"]])
+    assert torch.equal(found, qv_decode(q, v, q_ctx, ctx, decay, lengths))
+
+
+@runs
+def test_decoding_with_more_parts_than_tokens():
+    """Every number of parts, most of them empty, gives the same mean."""
+    q, v, lengths = tensor(2, 1, 2, 16), tensor(2, 1000, 2, 16), torch.tensor([1000, 17], device=DEVICE)
+    expected = qv_decode_plain(*double([q, v]), lengths=lengths)
+    assert_close([qv_decode(q, v, lengths=lengths)], [expected], 1e-5)               # 8 parts in the interpreter
+    assert_close([qv_decode(q[:1], v[:1], lengths=lengths[:1])], [expected[:1]], 1e-5)             # 16 parts
+
+
+@runs
+@pytest.mark.parametrize("pos", ["learned", "rope", "agf"])
+def test_the_models_own_attention_and_cache(pos):
+    """QV-Ka of model.py in training, and decoding from the buffers of its cache as they lie in memory."""
+    T, block_size, H = 21, 40, 2
+    attention = QVKa(GPTConfig(n_head=H, n_embd=32, d_ctx=32, block_size=block_size, pos=pos)).to(DEVICE)
+    torch.nn.init.normal_(attention.w_k, std=0.1)
+    x, cache = tensor(2, T + 1, 32), LayerCache(block_size)
+    memory, query, w_k = attention.write(x, 0), attention.query(x, 0), attention.w_k
+    decay = attention.decay.log_a.exp().detach() if pos == "agf" else None
+    q_ctx, q_v = (query.transpose(1, 2) @ w_k.mT).transpose(1, 2).split([32, 16], dim=-1)
+    q_ctx = attention.rotate(q_ctx, 0)
+    (v, ctx), expected = memory, attention.mix(query, memory)
+    assert_close([qv_attention(q_v, v, q_ctx, ctx, decay)], [expected.double()], 1e-5)
+    with torch.no_grad():
+        cache.append(tuple(m[:, :T] for m in memory))
+        cache.append(tuple(m[:, T:] for m in memory))
+        lengths = torch.full((2,), T + 1, device=DEVICE)
+        found = qv_decode(q_v[:, T:], cache.buffers[0], q_ctx[:, T:], cache.buffers[1], decay, lengths)
+    assert_close([found], [expected[:, T:].double()], 1e-5)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+GOOD = dict(q=(2, 4, 3, 16), v=(2, 6, 3, 16), q_ctx=(2, 4, 3, 32), ctx=(2, 6, 32), decay=(3,))
+
+
+def change(name, function):
+    return lambda x: x | {name: function(x[name])}
+
+
+@runs
+@pytest.mark.parametrize("wrong,words", [
+    (change("q", lambda x: x.double()), r"q\.dtype=torch\.float64 should be torch\.float32 or"),
+    (change("v", lambda x: x.half()), r"v\.dtype=torch\.float16 should be torch\.float32"),
+    (change("ctx", lambda x: x.half()), r"ctx\.dtype=torch\.float16 should be torch\.float32"),
+    (change("decay", lambda x: x.long()), r"decay\.dtype=torch\.int64 should be"),
+    (change("q", lambda x: x[0]), r"q\.shape=\(4, 3, 16\) should be \(B, T, H, D\)"),
+    (change("q", lambda x: x[..., :15]), r"q\.shape=.* D one of \(16, 32, 64, 128\)"),
+    (change("q", lambda x: x[:, :0]), r"q\.shape=\(2, 0, 3, 16\) .* T at least 1"),
+    (change("v", lambda x: x[:1]), r"v\.shape=\(1, 6, 3, 16\) .* with B=2 as in q"),
+    (change("v", lambda x: x[:, :, :2]), r"v\.shape=\(2, 6, 2, 16\) .* with H=3 as in q"),
+    (change("v", lambda x: x.repeat(1, 1, 1, 2)), r"v\.shape=.* with D=16 as in q"),
+    (change("q_ctx", lambda x: x[:, :2]), r"q_ctx\.shape=.* with T=4 as in q"),
+    (change("q_ctx", lambda x: x[..., :8]), r"q_ctx\.shape=.* E one of"),
+    (change("ctx", lambda x: x[:, :5]), r"ctx\.shape=\(2, 5, 32\) .* with S=6 as in v"),
+    (change("ctx", lambda x: x[..., :16]), r"ctx\.shape=.* with E=32 as in q_ctx"),
+    (change("decay", lambda x: x[:2]), r"decay\.shape=\(2,\) should be \(H\) with H=3 as in q"),
+    (change("q", lambda x: x.repeat_interleave(2, -1)[..., ::2]), r"q\.stride\(\)=.* should end in 1"),
+    (change("ctx", lambda x: x.mT.contiguous().mT), r"ctx\.stride\(\)=.* should end in 1"),
+    (change("v", lambda x: torch.empty_strided(x.shape, (0, 2**24, 16, 1), device="meta")), r"v\.stride.* below 2"),
+    (change("ctx", lambda x: None), r"ctx=None should be a tensor; q_ctx and ctx go together"),
+    (change("q_ctx", lambda x: None), r"q_ctx=None should be a tensor; q_ctx and ctx go together"),
+    (change("v", lambda x: None), r"v=None should be a tensor"),
+    (change("decay", lambda x: 1.0), r"decay=1\.0 should be a tensor"),
+    (change("ctx", lambda x: x.to("meta")), r"ctx\.device=meta should be (cpu|cuda:0)"),
+    (lambda x: x | {"v": x["v"][:, :3], "ctx": x["ctx"][:, :3]}, r"v\.shape=.* should remember S >= T=4"),
+])
+def test_what_is_wrong_is_named(wrong, words):
+    good = {name: torch.zeros(shape, device=DEVICE) for name, shape in GOOD.items()}
+    assert qv_attention(**good).shape == good["q"].shape
+    with pytest.raises(ValueError, match=words):
+        qv_attention(**wrong(good))
+
+
+@runs
+@pytest.mark.parametrize("wrong,words", [
+    (change("lengths", lambda x: None), r"lengths=None should be a tensor"),
+    (change("lengths", lambda x: 3), r"lengths=3 should be a tensor"),
+    (change("lengths", lambda x: x.float()), r"lengths\.dtype=torch\.float32 should be torch\.int32 or torch\.int64"),
+    (change("lengths", lambda x: x[:1]), r"lengths\.shape=\(1,\) should be \(B\) with B=2 as in q"),
+    (change("q", lambda x: x.repeat(1, 2, 1, 1)), r"q\.shape=\(2, 2, 3, 16\) should be \(B, 1, H, D\) with 1=1"),
+    (change("ctx_cache", lambda x: x[:, 1:]), r"ctx_cache\.shape=\(2, 5, 32\) .* with S=6 as in v_cache"),
+    (change("ctx_cache", lambda x: None), r"ctx_cache=None should be a tensor; q_ctx and ctx_cache go together"),
+])
+def test_what_is_wrong_in_decoding_is_named(wrong, words):
+    q, v, q_ctx, ctx, decay = (torch.zeros(shape, device=DEVICE) for shape in GOOD.values())
+    lengths = torch.tensor([3, 6], device=DEVICE)
+    good = dict(q=q[:, :1], v_cache=v, q_ctx=q_ctx[:, :1], ctx_cache=ctx, decay=decay, lengths=lengths)
+    assert qv_decode(**good).shape == good["q"].shape
+    with pytest.raises(ValueError, match=words):
+        qv_decode(**wrong(good))
+
+
+@pytest.mark.skipif(CUDA, reason="needs a machine without CUDA")
+@runs
+def test_bf16_cannot_be_interpreted():
+    q = torch.zeros(1, 2, 1, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"q\.dtype=torch\.bfloat16 cannot be interpreted"):
+        qv_attention(q, q)
+
+
+def python(code):
+    """Runs Python code in a process in which Triton compiles."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_without_triton_it_says_so():
+    """Importing works, calling does not, and nothing else steps in."""
+    result = python("import sys; sys.modules['triton'] = None\n"
+                    "import kernel, torch; x = torch.zeros(1, 1, 1, 16); kernel.qv_attention(x, x)")
+    assert "RuntimeError: the fused kernel needs the package triton" in result.stderr
+
+
+@compiles
+def test_without_a_gpu_it_says_so():
+    result = python("import kernel, torch; x = torch.zeros(1, 1, 1, 16); kernel.qv_attention(x, x)")
+    assert "ValueError: q.device=cpu should be a CUDA device" in result.stderr
+
+
+# Compiling for GPUs that need not be there ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report():
+    """A row for every kernel in bf16, for A100 and H100: plain, and with all extras at two widths."""
+    result = python("import itertools, json, kernel\n"
+                    "shapes = itertools.product((80, 90), ((64, 0, False), (64, 128, True), (128, 128, True)))\n"
+                    "rows = [row for arch, shape in shapes for row in kernel.compile_report(arch, *shape)]\n"
+                    "print(json.dumps(rows))")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@compiles
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_kernel_compiles_and_fits(arch, report):
+    rows = [row for row in report if row["arch"] == arch]
+    assert len(rows) == 3 * 5 and len({row["kernel"] for row in rows}) == 5
+    for row in rows:
+        print(*(f"{name}={x}" for name, x in row.items()))
+        assert row["shared"] <= (99 if arch == 80 else 227) * 1024                # what a block gets on sm_86 and sm_90
+        assert row["spilled"] == 0 or row["D"] > 64
+
+
+@compiles
+def test_hopper_multiplies_by_wgmma(report):
+    """At least one instruction for each product of tiles, in both loops of a kernel."""
+    products = dict(forward_kernel=(2, 3), query_backward_kernel=(3, 5), token_backward_kernel=(4, 6))
+    for row in report:
+        if row["arch"] == 90 and row["kernel"] in products:
+            assert row["wgmma"] >= 2 * products[row["kernel"]][row["E"] > 0], row
