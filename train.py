@@ -553,7 +553,7 @@ def explaining_memory():
     try:
         yield
     except (MemoryError, RuntimeError) as error:                                     # the CPU's allocator raises the latter
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
             raise UserError("memory ran out; lower --micro_batch_size (it changes nothing that is learned), or --n_embd, --n_layer "
                             "or --block_size") from None
         raise
@@ -569,7 +569,7 @@ def main(argv=None):
     while run.step < train.max_steps:
         run.advance()
         run.seconds = time.time() - started
-        if run.step % 10 == 0:                                                       # seldom: looking at a loss waits for the GPU
+        if run.step < 10 or run.step % 10 == 0:                                      # seldom: looking at a loss waits for the GPU
             run.check_finite(run.losses[-1])
             if run.processes.rank == 0:
                 progress(run.step, f"step {run.step:,} of {train.max_steps:,}: loss {run.losses[-1]:.3f}, "
