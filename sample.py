@@ -168,6 +168,7 @@ def benchmark(shape, device, context, tokens=64, tokens_uncached=6):
 
 def main(argv=None):
     args = parse(argv)
+    sys.stdout.reconfigure(errors="replace")                                         # a terminal may lack a character
     device = choose_device(args.device)
     context = autocast(device, choose_dtype(args.dtype, device))
     torch.manual_seed(args.seed)
