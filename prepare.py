@@ -13,6 +13,7 @@ interrupted is none, and never passes for one.
 import argparse
 import contextlib
 import hashlib
+import http.client
 import itertools
 import json
 import logging
@@ -248,7 +249,7 @@ def shakespeare_text():
     else:
         try:
             raw = urllib.request.urlopen(SHAKESPEARE_URL, timeout=10).read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(f"tiny Shakespeare cannot be downloaded ({reason(error)}); save {SHAKESPEARE_URL} as {path} "
                             "and run the command again, or take --dataset=pydoc, which needs no network") from None
         advice = "the download was damaged or changed; try again"

@@ -52,8 +52,8 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train it: a preset (listed below) sets many flags at once, and flags that you give win over it. The defaults
-    shown here are what no preset sets."""
+    """How to train it: a preset (listed below) sets many flags at once, whatever their defaults here say, and flags that you
+    give win over it."""
 
     preset: str = option("auto", "cpu: 0.8M parameters, a minute; gpu: 10.7M, minutes; gpt2: 124M on OpenWebText, days "
                          "(auto: gpu where there is CUDA, else cpu)", ("auto", *PRESETS))
@@ -102,7 +102,7 @@ def parse(argv=None):
     parser = Parser(description=__doc__, argument_default=SUPPRESS, epilog="presets:\n" + "\n".join(
         f"  {name:5} " + " ".join(f"{k}={v}" for k, v in preset.items()) for name, preset in PRESETS.items()))
     for config in TrainConfig, GPTConfig:
-        group = parser.add_argument_group(config.__name__, config.__doc__.split(". ")[0])
+        group = parser.add_argument_group(config.__name__, config.__doc__.split(".")[0])
         for field in fields(config):
             if field.name == "vocab_size":                                           # is the data set's to say
                 continue
@@ -117,7 +117,7 @@ def parse(argv=None):
 
 
 def resolve(given):
-    """The two configurations: defaults, under the preset, under the given flags. vocab_size is for `main` to fill in."""
+    """The two configurations: defaults, under the preset, under the given flags. vocab_size is for `Run.begin` to fill in."""
     preset = given.get("preset", "auto")
     if preset == "auto":
         preset = "gpu" if given.get("device", "auto").startswith(("auto", "cuda")) and torch.cuda.is_available() else "cpu"
