@@ -5,6 +5,8 @@
     python train.py --preset=gpu                                nanoGPT's 10.7M baby GPT (the default where there is CUDA)
     torchrun --nproc_per_node=8 train.py --preset=gpt2          GPT-2 124M on OpenWebText
     python train.py --resume                                    goes on with the newest run, exactly
+    python train.py --attention=all --pos=rope,agf --seeds=5    many runs, several at a time; go on by the same command
+    python train.py --report                                    what they say: assets/results.{json,md,png}
 
 A run is a folder: log.jsonl (one line an evaluation), loss.png, and the checkpoints last.pt and best.pt. Whatever is
 random in step i, its batch and its dropout, is a pure function of (seed, i). So a run that was stopped and resumed
@@ -18,6 +20,7 @@ import math
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import time
 import zipfile
@@ -34,7 +37,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import prepare
-from model import GPT, GPTConfig, option
+from model import ATTENTIONS, POSITIONS, GPT, GPTConfig, option
 from prepare import Parser, Progress, UserError, clock, reason
 
 OUT = Path("out")
@@ -93,22 +96,48 @@ class TrainConfig:
             raise ValueError(f"beta2={self.beta2} must lie in [0, 1), for example 0.99")
 
 
+@dataclass(frozen=True)
+class Task:
+    """More runs than one, and what to do with them: --attention and --pos take lists with commas, or all. Such a sweep's runs
+    go to folders of their own in --out (out/sweep, where you do not say)."""
+
+    seeds: int | None = option(None, "repeat with so many seeds: --seed and the next ones; whatever the attention, the same seed "
+                               "means the same batches")
+    workers: int | None = option(None, "runs of a sweep that go on at once (default: one for each of the CPU's cores, or 4 on a GPU)")
+    report: bool = option(False, "train nothing: gather the finished runs of --out, write assets/results.json, .md and .png")
+    eval_only: bool = option(False, "train nothing: validate the best.pt of the run in --out, of the newest, or of a sweep's runs")
+    eval_block_size: int | None = option(None, "with --eval_only: in windows of so many tokens (default: block_size), also longer ones "
+                                         "than the model was trained on, under rope and agf")
+
+    def __post_init__(self):
+        for name in "seeds", "workers", "eval_block_size":
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.eval_block_size and not self.eval_only:
+            raise ValueError(f"eval_block_size={self.eval_block_size} is for --eval_only; to train with it, take --block_size")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The command line is the two dataclasses
+# The command line is the dataclasses
+
+
+LISTS = {"attention": ATTENTIONS, "pos": POSITIONS}                                  # flags that take several names, for sweeps
 
 
 def parse(argv=None):
     """The flags that were given, as a dict; the rest is left to the preset and the defaults."""
     parser = Parser(description=__doc__, argument_default=SUPPRESS, epilog="presets:\n" + "\n".join(
         f"  {name:5} " + " ".join(f"{k}={v}" for k, v in preset.items()) for name, preset in PRESETS.items()))
-    for config in TrainConfig, GPTConfig:
-        group = parser.add_argument_group(config.__name__, config.__doc__.split(".")[0])
+    for config in TrainConfig, GPTConfig, Task:
+        group = parser.add_argument_group(config.__name__, config.__doc__.split(". ")[0])
         for field in fields(config):
             if field.name == "vocab_size":                                           # is the data set's to say
                 continue
             kind = next(iter(get_args(field.type)), field.type)                      # int | None -> int
             help = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
-            if kind is bool:
+            if field.name in LISTS:
+                group.add_argument(f"--{field.name}", help=help, metavar="{%s}" % ",".join([*LISTS[field.name], "all"]))
+            elif kind is bool:
                 group.add_argument(f"--{field.name}", action=BooleanOptionalAction, help=help)
             else:
                 group.add_argument(f"--{field.name}", type=kind, choices=field.metadata["choices"], help=help,
@@ -306,13 +335,25 @@ def load_checkpoint(path, device="cpu"):
     return checkpoint, model.to(device)
 
 
-def plot(losses, log, path):
-    """Draws a run: the training loss, a hundred means over all its steps, and the validation loss wherever it was measured."""
+def check_same_data(checkpoint, meta, out):
+    if (checkpoint["tokenizer"], checkpoint["data_sha256"]) != (meta["tokenizer"], meta["sha256"]):
+        raise UserError(f"data set {checkpoint['train_config']['dataset']!r} is not the one that {out} was trained on (its text or its "
+                        f"tokenizer, which was {checkpoint['tokenizer']['kind']}, differs); prepare that one again")
+
+
+def pyplot():
+    """matplotlib, drawing to files; imported when there is something to draw."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
+    return matplotlib.pyplot
+
+
+def plot(losses, log, path):
+    """Draws a run: the training loss, a hundred means over all its steps, and the validation loss wherever it was measured."""
+    plt = pyplot()
     width = -(-len(losses) // 100)
     bins = [losses[i : i + width] for i in range(0, len(losses), width)]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -435,6 +476,7 @@ class Run:
         if resumed is not None:
             self.optimizer.load_state_dict(resumed[0]["optimizer"])
         self.parallel = accelerate(self.model, self.train, self.processes)
+        self.lap = self.step, time.time()
 
     def begin(self, config, meta):
         """A new model, and nothing that has happened."""
@@ -458,9 +500,7 @@ class Run:
         """The checkpoint's model, and all that had happened when it was written."""
         for name in "tokenizer", "data_sha256", "step", "seconds", "best_val_loss", "losses", "log":
             setattr(self, name, checkpoint[name])
-        if (self.tokenizer, self.data_sha256) != (meta["tokenizer"], meta["sha256"]):
-            raise UserError(f"data set {self.train.dataset!r} is not the one that {self.out} was trained on (its text or its tokenizer, "
-                            f"which was {self.tokenizer['kind']}, differs); prepare that one again")
+        check_same_data(checkpoint, meta, self.out)
         if self.step >= self.train.max_steps:
             raise UserError(f"{self.out} is at step {self.step} of {self.train.max_steps} already; to train on, raise --max_steps")
         return model
@@ -506,12 +546,13 @@ class Run:
         """Measures the validation loss, logs it and saves the run."""
         since = self.log[-1]["step"] if self.log else 0
         (train_loss,) = self.processes.sum(sum(map(float, self.losses[since:])) / (self.step - since) / self.processes.world)
+        speed = self.tokens(self.step - self.lap[0]) / (time.time() - self.lap[1])   # of training alone: the losses are here
         val_loss = evaluate(self.model, self.splits["val"], self.config.block_size, self.train.eval_tokens, self.processes,
                             autocast(self.device, self.dtype))
         self.check_finite(train_loss, val_loss)
         best, self.best_val_loss = val_loss < self.best_val_loss, min(val_loss, self.best_val_loss)
         self.log.append(dict(step=self.step, train_loss=train_loss, val_loss=val_loss, tokens=self.tokens(self.step),
-                             seconds=round(self.seconds, 1)))
+                             seconds=round(self.seconds, 1), tokens_per_second=round(speed)))
         self.save("last.pt")
         if best:
             self.save("best.pt")
@@ -520,6 +561,7 @@ class Run:
             write(self.out / "log.jsonl", lambda temporary: temporary.write_text(lines))
         self.processes.print(f"step {self.step:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f}"
                              f"{' (the best so far)' if best else ''}, {clock(self.seconds)}")
+        self.lap = self.step, time.time()
 
     def check_finite(self, *losses):
         if not all(map(math.isfinite, losses)):
@@ -560,9 +602,10 @@ def explaining_memory():
 
 
 @explaining_memory()
-def main(argv=None):
+def train_one(given):
+    """Trains one run, from its flags."""
     torch.set_float32_matmul_precision("high")                                       # TF32, where a GPU has it
-    run, interrupt = Run(parse(argv)), Interrupt()
+    run, interrupt = Run(given), Interrupt()
     run.describe()
     train, alone = run.train, run.processes.world == 1
     progress, started = Progress(train.max_steps, run.step), time.time() - run.seconds
@@ -584,6 +627,148 @@ def main(argv=None):
     run.finish()
     if not alone:
         dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many runs
+
+
+def spread(given, seeds):
+    """The flags of every run that lists of attentions and positions, and a number of seeds, ask for. What will be compared
+    comes one after the other, so that it runs side by side on one machine."""
+    attentions, positions = ([*known] if given.get(name) == "all" else given.get(name, getattr(GPTConfig, name)).split(",")
+                             for name, known in LISTS.items())
+    first = given.get("seed", TrainConfig.seed)
+    return [{**given, "attention": attention, "pos": pos, "seed": seed}
+            for seed in range(first, first + (seeds or 1)) for pos in positions for attention in attentions]
+
+
+# What does not change what is learned, or has its own place in a run's name.
+UNNAMED = {"preset", "dataset", "attention", "pos", "seed", "out", "resume", "device", "compile", "micro_batch_size"}
+
+
+def folder_of(given, out):
+    """The folder of a sweep's run. Its name is what the run was asked to be."""
+    try:
+        train, config = resolve(given)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    rest = (f"{name}={given[name]}" for name in sorted(given.keys() - UNNAMED))
+    return out / "-".join([train.preset, train.dataset, config.attention, config.pos, *rest, f"seed={train.seed}"])
+
+
+def steps_done(folder):
+    """How many steps of a run are logged."""
+    try:
+        return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"]
+    except (FileNotFoundError, IndexError):
+        return 0
+
+
+def start(given, folder, threads):
+    """Starts, or goes on with, a run in a process of its own: the same command as for one run. Its text goes to output.txt."""
+    flags = [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}" for name, value in given.items()]
+    if (folder / "last.pt").exists():
+        flags.append("--resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "ab") as output:
+        return subprocess.Popen([sys.executable, __file__, *flags, f"--out={folder}"], stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+                                env={"OMP_NUM_THREADS": str(threads), **os.environ}, start_new_session=True)
+
+
+def sweep(runs, out, workers):
+    """Trains all runs (flags, of spread) that are not finished, in folders of `out`, `workers` at a time. A run that fails
+    does not stop the others; Ctrl-C stops, and saves, them all. The same sweep, started again, goes on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    on_gpu = torch.cuda.is_available() and runs[0].get("device") != "cpu"
+    workers = workers or (4 if on_gpu else cores)
+    steps = {folder_of(run, out): resolve(run)[0].max_steps for run in runs}
+    waiting = [(run, folder) for run, folder in zip(runs, steps) if steps_done(folder) < steps[folder]]
+    at_start, finished, running, failed, interrupt = sum(map(steps_done, steps)), len(runs) - len(waiting), {}, [], Interrupt()
+    print(f"{len(runs)} runs in {out}/, {finished} of them finished; {workers} at a time", flush=True)
+    progress, stopping = Progress(sum(steps.values()), at_start), False
+    try:
+        while running or waiting and not stopping:
+            while waiting and len(running) < workers and not stopping:
+                run, folder = waiting.pop(0)
+                running[start(run, folder, max(1, cores // workers))] = folder
+            time.sleep(0.2)
+            for process in [process for process in running if process.poll() is not None]:
+                folder = running.pop(process)
+                last = (folder / "output.txt").read_text(errors="replace").strip().splitlines()[-1:]
+                progress.clear()
+                if process.returncode == 0:
+                    finished += 1
+                    entry = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+                    print(f"{finished} of {len(runs)}: {folder.name}: validation loss {entry['val_loss']:.4f}", flush=True)
+                elif not stopping:
+                    failed.append(folder)
+                    print(f"{folder.name} failed: {''.join(last)}", flush=True)
+            if (done := sum(map(steps_done, steps))) > at_start:
+                progress(done, f"{finished} of {len(runs)} runs finished, {len(running)} in progress")
+            if interrupt.asked and not stopping:
+                stopping = True
+                for process in running:
+                    process.terminate()
+    finally:
+        for process in running:                                                      # left early: by a second Ctrl-C, or an error
+            process.terminate()
+    if stopping:
+        sys.exit(f"stopped, and saved; {len(runs) - finished} of {len(runs)} runs are to be finished: start the same command again")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed; see output.txt in {failed[0]}, mend it, and start the same command again")
+
+
+@torch.no_grad()
+def eval_only(folder, given, block_size):
+    """Validates a run's best.pt in windows of block_size tokens, on its own data set; prints the loss and adds it to the run's
+    eval.json, {block_size: loss}. Raises UserError where the positions end before block_size."""
+    checkpoint, model = load_checkpoint(folder / "best.pt")
+    config, stored = model.config, TrainConfig(**checkpoint["train_config"])
+    block_size = block_size or config.block_size
+    if block_size > config.block_size:
+        if config.pos == "learned":
+            raise UserError(f"--eval_block_size={block_size} is more than the {config.block_size} positions that {folder} has learned; take no "
+                            "more, or a model with rope or agf")
+        longer = GPT(replace(config, block_size=block_size))
+        longer.load_state_dict(model.state_dict())
+        model = longer
+    processes = Processes(given.get("device", "auto"))
+    _, meta, splits = find_data(stored.dataset, processes.print)
+    check_same_data(checkpoint, meta, folder)
+    context = autocast(processes.device, choose_dtype(given.get("dtype", stored.dtype), processes.device))
+    loss = evaluate(model.to(processes.device), splits["val"], block_size, given.get("eval_tokens", stored.eval_tokens), processes, context)
+    path = folder / "eval.json"
+    losses = {**(json.loads(path.read_text()) if path.exists() else {}), str(block_size): loss}
+    write(path, lambda temporary: temporary.write_text(json.dumps(losses)))
+    print(f"{folder}: validation loss {loss:.4f} in windows of {block_size} tokens (trained on {config.block_size})", flush=True)
+
+
+def main(argv=None):
+    given = parse(argv)
+    try:
+        task = Task(**{field.name: given.pop(field.name) for field in fields(Task) if field.name in given})
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    runs = spread(given, task.seeds)
+    many = task.seeds is not None or any(given.get(name) == "all" or "," in given.get(name, "") for name in LISTS)
+    if many or task.report:
+        if given.get("resume") or "WORLD_SIZE" in os.environ:
+            raise UserError("--resume and torchrun are for one run; a sweep goes on when the same command is started again, and takes --workers")
+        out = Path(given.pop("out", OUT / "sweep"))
+        dataset = find_data(given.get("dataset"), print)[0]                          # once, before several need it
+        runs = [{**run, "dataset": dataset, "preset": resolve(run)[0].preset} for run in runs]
+    if task.report:
+        report(out)
+    elif task.eval_only:
+        progress = Progress(len(runs))
+        for done, run in enumerate(runs, 1):
+            eval_only(folder_of(run, out) if many else Path(given["out"]) if "out" in given else newest_run(), given, task.eval_block_size)
+            progress(done, f"{done} of {len(runs)} runs")
+    elif many:
+        sweep(runs, out, task.workers)
+    else:
+        train_one(given)
 
 
 if __name__ == "__main__":
