@@ -203,6 +203,8 @@ class QV(Attention):
     """Attention without keys (arXiv:2603.15665): softmax(Q V^T / sqrt(D)) V. What a token is remembered for is also what
     it is found by. It stays unrotated as a value, so under RoPE the copy that is scored is rotated when read."""
 
+    kernel = None                                                                    # kernel.py, if GPT.use_kernel was called
+
     def __init__(self, config, **widths):
         super().__init__(config, **widths)
         self.v = nn.Linear(config.n_embd, config.n_embd, bias=False)
@@ -213,6 +215,20 @@ class QV(Attention):
     def read(self, q, memory):
         (v,) = memory
         return q, self.rotate(v, 0), v
+
+    def mix(self, q, memory):
+        return super().mix(q, memory) if self.kernel is None else self.fused(q, *memory)
+
+    def fused(self, q, v, q_ctx=None, ctx=None):
+        """`mix` by kernel.py, which loads each value once, as key and as value. Raises ValueError for what it cannot do."""
+        if self.rotary is not None and ctx is None:
+            raise ValueError("pos='rope' scores a rotated copy of QV's values, and the fused kernel has no copy; take agf or learned")
+        if self.training and self.p_dropout:
+            raise ValueError(f"dropout={self.p_dropout} of attention weights is not in the fused kernel; train with dropout=0")
+        decay = None if self.decay is None else self.decay.log_a.exp()               # (H,)
+        if q.size(1) > 1 or torch.is_grad_enabled():
+            return self.kernel.qv_attention(q, v, q_ctx, ctx, decay)                 # (B, T, H, D)
+        return self.kernel.qv_decode(q, v, q_ctx, ctx, decay, torch.full_like(q[:, 0, 0, 0], v.size(1), dtype=torch.int32))
 
 
 class QVKa(QV):
@@ -240,16 +256,23 @@ class QVKa(QV):
 
     def read(self, q, memory):
         v, ctx = memory                                                              # (B, S, H, D), (B, S, E)
-        w_k = self.w_k.expand(self.n_head, -1, -1)                                   # (H, E + D, D)
         if self.rotary is None and not has_past(q, memory):                          # training: K by one matmul, used T times,
-            w_ctx, w_v = w_k.split(self.widths, dim=1)
+            w_ctx, w_v = self.w_k.expand(self.n_head, -1, -1).split(self.widths, dim=1)          # (H, E, D), (H, D, D)
             k = torch.einsum("bse,hed->bshd", ctx, w_ctx) + torch.einsum("bshc,hcd->bshd", v, w_v)
             return q, k, v                                                           # costs less than T wider scores
-        folded = (q.transpose(1, 2) @ w_k.mT).transpose(1, 2)                        # (B, T, H, E + D): W_K q
-        q_ctx, q_v = folded.split(self.widths, dim=-1)
-        q_ctx = self.rotate(q_ctx, ctx.size(1) - q.size(1))
+        q_v, q_ctx = self.fold(q, ctx)
         score = self.scale * q_ctx.flatten(1, 2) @ ctx.mT                            # (B, T H, S)
         return q_v, v, v, score.unflatten(1, (-1, self.n_head)).transpose(1, 2)
+
+    def fold(self, q, ctx):
+        """W_K q: q_v (B, T, H, D), which asks for values, and q_ctx (B, T, H, E), which asks for contexts."""
+        folded = (q.transpose(1, 2) @ self.w_k.mT).transpose(1, 2)                   # (B, T, H, E + D)
+        q_ctx, q_v = folded.split(self.widths, dim=-1)
+        return q_v, self.rotate(q_ctx, ctx.size(1) - q.size(1))
+
+    def fused(self, q, v, ctx):
+        q_v, q_ctx = self.fold(q, ctx)
+        return super().fused(q_v, v, q_ctx, ctx)
 
 
 def has_past(q, memory):
@@ -423,6 +446,14 @@ class GPT(nn.Module):
         logits = F.linear(self.ln_f(x), self.wte.weight)                             # (B, T or 1, V): tied embeddings
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
+
+    def use_kernel(self, kernel):
+        """Lets QV or QV-Ka attend by the fused kernel: `kernel` is the module kernel.py, or None for PyTorch. Raises
+        ValueError for an attention that has keys."""
+        for block in self.blocks:
+            if kernel is not None and not isinstance(block.attention, QV):
+                raise ValueError(f"attention={self.config.attention!r} has keys; the fused kernel is for qv and qv_ka")
+            block.attention.kernel = kernel
 
     def new_cache(self):
         return Cache(self.config.n_layer, self.config.block_size)

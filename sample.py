@@ -21,7 +21,7 @@ import torch
 
 from model import ATTENTIONS, POSITIONS, GPT, GPTConfig
 from prepare import Parser, UserError, reason, run, tokenizer_from
-from train import autocast, choose_device, choose_dtype, load_checkpoint, newest_run, write
+from train import autocast, cache_bytes, choose_device, choose_dtype, choose_kernel, load_checkpoint, newest_run, pyplot, write
 
 
 def parse(argv=None):
@@ -39,6 +39,8 @@ def parse(argv=None):
                         "all again for each token: the same text, slower")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps ... (default: auto)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of matrix products (default: auto)")
+    parser.add_argument("--kernel", default="auto", choices=("auto", "torch", "triton"), help="what computes qv and qv_ka, as in train.py "
+                        "(default: auto)")
     parser.add_argument("--attention_map", metavar="FILE.png", type=Path, help="draw every head's attention weights over the "
                         "prompt's tokens instead of writing text")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and memory of all attentions in the 10.7M model "
@@ -50,6 +52,8 @@ def parse(argv=None):
             parser.error(f"--{name}={value} must be at least {least} and below 2**63")
     if args.prompt is not None and args.prompt_file is not None:
         parser.error("--prompt and --prompt_file exclude each other; give one")
+    if args.benchmark and args.kernel == "triton":
+        parser.error("--benchmark compares the attentions in PyTorch; the kernel's own benchmark is python kernel.py")
     return args
 
 
@@ -84,14 +88,6 @@ def stream(model, tokenizer, prompt, idx, args, context):
     return time.time() - started
 
 
-def cache_bytes(model, idx):
-    """Bytes that the cache's buffers take for a whole context, and for one token of it; measured."""
-    cache = model.new_cache()
-    with torch.inference_mode():
-        model(idx[:, :1], cache=cache)
-    return cache.nbytes, cache.nbytes // cache.block_size
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures of attention
 
@@ -108,18 +104,13 @@ def attention_weights(model, idx):
 
 def draw_attention(model, tokenizer, idx, path):
     """Draws a grid of heads, a row a layer: how much each token of the prompt (down) attends to each (across)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     T = idx.size(1)
     if not 2 <= T <= model.config.block_size:
         raise UserError(f"--attention_map takes a prompt of 2 to {model.config.block_size} tokens, the model's context, and this "
                         f"one has {T}; give another --prompt")
     weights = attention_weights(model, idx).numpy()
     labels = [tokenizer.decode([token]).decode(errors="replace").replace("\n", "\\n").replace("$", r"\$") for token in idx[0].tolist()]
-    rows, columns = weights.shape[:2]
+    plt, (rows, columns) = pyplot(), weights.shape[:2]
     size = max(1.6, 0.13 * T) if T <= 48 else 2.2
     figure, grid = plt.subplots(rows, columns, figsize=(size * columns, size * rows + 0.5), squeeze=False, layout="constrained")
     for layer, row in enumerate(grid):
@@ -162,7 +153,7 @@ def benchmark(shape, device, context, tokens=64, tokens_uncached=6):
             seconds[use_cache] = {name: median(times[name][1:]) for name in models}
         for name, model in models.items():
             cached, uncached = seconds[True][name], seconds[False][name]
-            print(f"| {pos} | {name} | {cache_bytes(model, idx)[1]:,} | {1 / cached:.0f} | {seconds[True]['qkv'] / cached:.2f} | "
+            print(f"| {pos} | {name} | {cache_bytes(model)[1]:,} | {1 / cached:.0f} | {seconds[True]['qkv'] / cached:.2f} | "
                   f"{1 / uncached:.1f} | {uncached / cached:.0f} |", flush=True)
 
 
@@ -177,7 +168,7 @@ def main(argv=None):
     out = args.out or newest_run()
     best, last = out / "best.pt", out / "last.pt"
     checkpoint, model = load_checkpoint(best if best.exists() else last, device)
-    model.eval()
+    kernel = choose_kernel(args.kernel, model.eval(), context)
     tokenizer = tokenizer_from(checkpoint["tokenizer"])
     prompt = read_prompt(args, tokenizer)
     idx = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))[None].to(device)
@@ -189,10 +180,10 @@ def main(argv=None):
             print("-" * 80)
         seconds += stream(model, tokenizer, prompt, idx, args, context)
     count = args.num_samples * args.max_new_tokens
-    total, each = cache_bytes(model, idx)
+    total, each = cache_bytes(model)
     memory = f"cache of {total:,} bytes, {each:,} a token" if args.cache else "no cache"
     print(f"{model.config.attention}, {model.config.pos}, {out}: {count:,} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s; "
-          f"{memory}", file=sys.stderr)
+          f"{memory}, attention by {kernel}", file=sys.stderr)
 
 
 if __name__ == "__main__":

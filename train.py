@@ -25,7 +25,9 @@ import sys
 import time
 import zipfile
 from argparse import SUPPRESS, BooleanOptionalAction
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -41,6 +43,7 @@ from model import ATTENTIONS, POSITIONS, GPT, GPTConfig, option
 from prepare import Parser, Progress, UserError, clock, reason
 
 OUT = Path("out")
+SWEEP = OUT / "sweep"
 
 PRESETS = {
     "cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_steps=780, learning_rate=3e-3,
@@ -68,6 +71,8 @@ class TrainConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps ...")
     dtype: str = option("auto", "of matrix products (auto: bfloat16 where a CUDA device has it, else float32)",
                         ("auto", "float32", "bfloat16"))
+    kernel: str = option("auto", "what computes qv and qv_ka: torch, or triton: the fused kernel of kernel.py, on CUDA, without dropout "
+                         "(auto: where it was measured to be faster, which is nowhere yet)", ("auto", "torch", "triton"))
     compile: bool | None = option(None, "torch.compile the model (default: on CUDA only)")
     batch_size: int = option(64, "sequences in one optimizer step, over all processes and accumulation steps together")
     micro_batch_size: int | None = option(None, "sequences in one forward pass on one device: lower it if memory runs out; "
@@ -176,6 +181,20 @@ def choose_dtype(name, device):
         bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if bfloat16 else "float32"
     return getattr(torch, name)
+
+
+@torch.no_grad()
+def choose_kernel(name, model, context):
+    """Has the model attend by kernel.py if it is asked for by name, and tries it; returns torch or triton. No GPU has measured
+    yet where the kernel is faster, so auto is torch."""
+    if name == "triton":
+        try:
+            model.use_kernel(import_module("kernel"))
+            with context:
+                model(torch.zeros(1, 2, dtype=torch.int64, device=model.wte.weight.device))
+        except (ValueError, RuntimeError) as error:                                  # kernel.py says what it needs
+            raise UserError(f"--kernel=triton cannot be used here: {reason(error)}; or take --kernel=torch") from None
+    return "triton" if name == "triton" else "torch"
 
 
 def autocast(device, dtype):
@@ -289,7 +308,7 @@ def new_folder(name):
 
 def newest_run():
     """The folder of out/ whose checkpoint is the youngest. Raises UserError where there is none."""
-    runs = sorted(OUT.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    runs = sorted(OUT.rglob("last.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise UserError(f"there is no run in {OUT}/; train one first: python train.py")
     return runs[-1].parent
@@ -333,6 +352,19 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path} is not a usable checkpoint, or a damaged one ({reason(error)}); try the other of last.pt "
                         "and best.pt, or train again") from None
     return checkpoint, model.to(device)
+
+
+def count_parameters(model, part=""):
+    """Numbers that training learns, in all or in the modules of that name."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if part in name)
+
+
+@torch.inference_mode()
+def cache_bytes(model):
+    """Bytes that the KV cache's buffers take for a whole context, and for one token of it; measured."""
+    cache = model.new_cache()
+    model(torch.zeros(1, 1, dtype=torch.int64, device=model.wte.weight.device), cache=cache)
+    return cache.nbytes, cache.nbytes // cache.block_size
 
 
 def check_same_data(checkpoint, meta, out):
@@ -433,7 +465,7 @@ def accelerate(model, train, processes):
 
 
 # The flags that a resumed run may be given anew. With none of them, it goes on exactly.
-MAY_CHANGE = {"out", "resume", "device", "dtype", "compile", "micro_batch_size", "max_steps", "learning_rate", "warmup_steps",
+MAY_CHANGE = {"out", "resume", "device", "dtype", "kernel", "compile", "micro_batch_size", "max_steps", "learning_rate", "warmup_steps",
               "weight_decay", "grad_clip", "eval_interval", "eval_tokens"}
 
 
@@ -452,7 +484,7 @@ def configure(given):
                 raise UserError(f"--{name}={given[name]} cannot change a run in the middle: {out} has {name}={stored[name]}; leave "
                                 "the flag out, or start a new run")
         values = {**stored, **given}
-        return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)}), model.config, out, (checkpoint, model)
+        return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig) if f.name in values}), model.config, out, (checkpoint, model)
     except ValueError as error:
         raise UserError(f"--{error}") from None
 
@@ -472,6 +504,7 @@ class Run:
         self.model = model.to(self.device)
         self.config = self.model.config
         self.dtype = choose_dtype(self.train.dtype, self.device)
+        self.kernel = choose_kernel(self.train.kernel, self.model, autocast(self.device, self.dtype))
         self.optimizer = make_optimizer(self.model, self.train, self.device)
         if resumed is not None:
             self.optimizer.load_state_dict(resumed[0]["optimizer"])
@@ -521,14 +554,13 @@ class Run:
     def describe(self):
         """Says in a few lines what is about to be trained, on what, and how."""
         train, config, splits = self.train, self.config, self.splits
-        count = {name: sum(p.numel() for n, p in self.model.named_parameters() if name in n) for name in ("", "attention")}
         self.processes.print(
             f"model: {config.attention} attention, {config.pos} positions, {config.n_layer} layers, {config.n_head} heads, "
-            f"{config.n_embd} wide: {count['']:,} parameters, {count['attention']:,} of them in attention\n"
+            f"{config.n_embd} wide: {count_parameters(self.model):,} parameters, {count_parameters(self.model, 'attention'):,} of them in attention\n"
             f"data:  {train.dataset}, {len(splits['train']):,} training and {len(splits['val']):,} validation tokens\n"
             f"plan:  {train.max_steps:,} steps of {train.batch_size} x {config.block_size} = {self.tokens(1):,} tokens, "
             f"{self.tokens(train.max_steps) / len(splits['train']):.1f} times the data, on {self.processes.world} x {self.device} in "
-            f"{str(self.dtype).removeprefix('torch.')}")
+            f"{str(self.dtype).removeprefix('torch.')}, attention by {self.kernel}")
 
     def tokens(self, steps):
         return steps * self.train.batch_size * self.config.block_size
@@ -644,7 +676,7 @@ def spread(given, seeds):
 
 
 # What does not change what is learned, or has its own place in a run's name.
-UNNAMED = {"preset", "dataset", "attention", "pos", "seed", "out", "resume", "device", "compile", "micro_batch_size"}
+UNNAMED = {"preset", "dataset", "attention", "pos", "seed", "out", "resume", "device", "kernel", "compile", "micro_batch_size"}
 
 
 def folder_of(given, out):
@@ -657,66 +689,67 @@ def folder_of(given, out):
     return out / "-".join([train.preset, train.dataset, config.attention, config.pos, *rest, f"seed={train.seed}"])
 
 
+def logged(folder):
+    """A run's log: a dict for each evaluation."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def steps_done(folder):
-    """How many steps of a run are logged."""
-    try:
-        return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"]
-    except (FileNotFoundError, IndexError):
-        return 0
+    return logged(folder)[-1]["step"] if logged(folder) else 0
 
 
-def start(given, folder, threads):
-    """Starts, or goes on with, a run in a process of its own: the same command as for one run. Its text goes to output.txt."""
+def train_apart(given, folder, threads, interrupt):
+    """Trains a run, or goes on with it, in a process of its own, by the command that a user would give; returns its exit
+    status, or None where it was asked to stop. What it prints goes to output.txt."""
+    if interrupt.asked:
+        return None
     flags = [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}" for name, value in given.items()]
     if (folder / "last.pt").exists():
         flags.append("--resume")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "ab") as output:
-        return subprocess.Popen([sys.executable, __file__, *flags, f"--out={folder}"], stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-                                env={"OMP_NUM_THREADS": str(threads), **os.environ}, start_new_session=True)
+        process = subprocess.Popen([sys.executable, __file__, *flags, f"--out={folder}"], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                   env={"OMP_NUM_THREADS": str(threads), **os.environ}, start_new_session=True)
+    while process.poll() is None:
+        time.sleep(0.2)
+        if interrupt.asked:
+            process.terminate()                                                      # it saves before it leaves
+            process.wait()
+            return None
+    return process.returncode
 
 
-def sweep(runs, out, workers):
-    """Trains all runs (flags, of spread) that are not finished, in folders of `out`, `workers` at a time. A run that fails
-    does not stop the others; Ctrl-C stops, and saves, them all. The same sweep, started again, goes on."""
+def sweep(runs, workers):
+    """Trains all runs, {folder: flags}, that are not finished, some at a time. One that fails does not stop the others; Ctrl-C
+    stops, and saves, them all. Started again, the sweep goes on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    on_gpu = torch.cuda.is_available() and runs[0].get("device") != "cpu"
+    steps = {folder: resolve(given)[0].max_steps for folder, given in runs.items()}
+    waiting = [folder for folder in runs if steps_done(folder) < steps[folder]]
+    on_gpu = torch.cuda.is_available() and not any(given.get("device") == "cpu" for given in runs.values())
     workers = workers or (4 if on_gpu else cores)
-    steps = {folder_of(run, out): resolve(run)[0].max_steps for run in runs}
-    waiting = [(run, folder) for run, folder in zip(runs, steps) if steps_done(folder) < steps[folder]]
-    at_start, finished, running, failed, interrupt = sum(map(steps_done, steps)), len(runs) - len(waiting), {}, [], Interrupt()
-    print(f"{len(runs)} runs in {out}/, {finished} of them finished; {workers} at a time", flush=True)
-    progress, stopping = Progress(sum(steps.values()), at_start), False
-    try:
-        while running or waiting and not stopping:
-            while waiting and len(running) < workers and not stopping:
-                run, folder = waiting.pop(0)
-                running[start(run, folder, max(1, cores // workers))] = folder
-            time.sleep(0.2)
-            for process in [process for process in running if process.poll() is not None]:
-                folder = running.pop(process)
-                last = (folder / "output.txt").read_text(errors="replace").strip().splitlines()[-1:]
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished; {workers} at a time", flush=True)
+    interrupt, progress = Interrupt(), Progress(sum(steps.values()), sum(map(steps_done, runs)))
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = {pool.submit(train_apart, runs[folder], folder, max(1, cores // workers), interrupt): folder for folder in waiting}
+        pending, failed = set(jobs), []
+        while pending:
+            ended, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+            for job in ended:
+                folder, status = jobs[job], job.result()
                 progress.clear()
-                if process.returncode == 0:
-                    finished += 1
-                    entry = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-                    print(f"{finished} of {len(runs)}: {folder.name}: validation loss {entry['val_loss']:.4f}", flush=True)
-                elif not stopping:
+                if status == 0:
+                    print(f"{folder.name}: validation loss {logged(folder)[-1]['val_loss']:.4f}", flush=True)
+                elif status is not None:
                     failed.append(folder)
-                    print(f"{folder.name} failed: {''.join(last)}", flush=True)
-            if (done := sum(map(steps_done, steps))) > at_start:
-                progress(done, f"{finished} of {len(runs)} runs finished, {len(running)} in progress")
-            if interrupt.asked and not stopping:
-                stopping = True
-                for process in running:
-                    process.terminate()
-    finally:
-        for process in running:                                                      # left early: by a second Ctrl-C, or an error
-            process.terminate()
-    if stopping:
-        sys.exit(f"stopped, and saved; {len(runs) - finished} of {len(runs)} runs are to be finished: start the same command again")
+                    print(f"{folder.name} failed: {(folder / 'output.txt').read_text(errors='replace').strip().splitlines()[-1:]}", flush=True)
+            if (done := sum(map(steps_done, runs))) > progress.first:
+                progress(done, f"{sum(steps_done(folder) == steps[folder] for folder in runs)} of {len(runs)} runs finished")
+    left = sum(steps_done(folder) < steps[folder] for folder in runs)
+    if interrupt.asked:
+        sys.exit(f"stopped, and saved; {left} of {len(runs)} runs are to be finished: start the same command again")
     if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed; see output.txt in {failed[0]}, mend it, and start the same command again")
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed; read {failed[0] / 'output.txt'}, mend it, and start the same command again")
 
 
 @torch.no_grad()
@@ -744,31 +777,221 @@ def eval_only(folder, given, block_size):
     print(f"{folder}: validation loss {loss:.4f} in windows of {block_size} tokens (trained on {config.block_size})", flush=True)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What the runs say. Runs of one seed saw the same batches, so they are compared seed by seed: the difference of two
+# attentions varies less than either. Losses are mean ± standard deviation over seeds, differences mean ± standard error.
+
+ASSETS = Path("assets")
+STYLES = {"qkv": ("k", "o", "-"), "gqa": ("#E69F00", "s", ":"), "mla": ("#009E73", "^", "-."), "qv": ("#D55E00", "v", "--"),
+          "qv_ka": ("#0072B2", "D", "-")}                                            # Okabe and Ito's colours, for all eyes
+OF_ATTENTION = {"n_kv_head", "d_latent", "d_rope", "d_ctx", "shared_wk", "n_inner"}  # flags that QKV need not share to be compared
+
+
+def record(folder):
+    """What the report needs of a run: a dict of plain values; None where it is not finished."""
+    checkpoint, model = load_checkpoint(folder / "last.pt")
+    flags, log, losses = {**checkpoint["train_config"], **checkpoint["model_config"]}, checkpoint["log"], checkpoint["losses"]
+    if len(losses) < flags["max_steps"]:
+        return None
+    same = {name: flags[name] for name in ("preset", "dataset", "attention", "pos")}
+    preset = {name: value for config in resolve(same) for name, value in asdict(config).items()}
+    label = [flags["attention"], *(f"{name}={flags[name]}" for name in sorted(flags.keys() - UNNAMED - {"vocab_size"}) if flags[name] != preset[name])]
+    best, longer, fifth = min(log, key=lambda entry: entry["val_loss"]), folder / "eval.json", losses[: -(-len(losses) // 5)]
+    return dict(
+        **same, label=" ".join(label), seed=flags["seed"], best_val_loss=best["val_loss"], best_step=best["step"], final_val_loss=log[-1]["val_loss"],
+        early_steps=len(fifth), early_loss=float(np.mean(fifth)), early_curve=[round(float(part.mean()), 4) for part in np.array_split(fifth, min(25, len(fifth)))],
+        val_loss_by_length=json.loads(longer.read_text()) if longer.exists() else {},
+        attention_parameters=count_parameters(model, "attention"), parameters=count_parameters(model), cache_bytes_per_token=cache_bytes(model.eval())[1],
+        tokens_per_second=float(np.median([entry["tokens_per_second"] for entry in log])),
+        log=[(entry["step"], round(entry["val_loss"], 4), entry["seconds"]) for entry in log])
+
+
+def minus(ours, theirs, share=1.0):
+    """ours - share * theirs, for the seeds that both have; both {seed: number or array}."""
+    return {seed: ours[seed] - share * theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+
+
+def mean_and_error(by_seed):
+    """The mean over seeds, and its standard error (0 for a single seed)."""
+    x = np.array(list(by_seed.values()))
+    return x.mean(0), x.std(0, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else 0 * x[0]
+
+
+def mean_and_spread(by_seed, form, scale=None):
+    """mean ± standard deviation, or error, as text; nothing where there are no seeds."""
+    if not by_seed:
+        return ""
+    mean, error = mean_and_error(by_seed)
+    return f"{mean:{form}}" + (f" ± {error * (scale or math.sqrt(len(by_seed))):{form.replace('+', '')}}" if len(by_seed) > 1 else "")
+
+
+def table(head, rows):
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+class Sweep:
+    """The finished runs of one preset on one data set. A group of them is (pos, label), which differ in their seeds alone."""
+
+    def __init__(self, title, runs):
+        self.title = title
+        order = {name: place for place, name in enumerate([*POSITIONS, *ATTENTIONS])}
+        self.runs = sorted(runs, key=lambda run: (order[run["pos"]], order[run["attention"]], run["label"], run["seed"]))
+        self.groups = list(dict.fromkeys((run["pos"], run["label"]) for run in self.runs))
+        self.positions, self.labels = (list(dict.fromkeys(names)) for names in zip(*self.groups))
+        self.lengths = sorted({int(length) for run in runs for length in run["val_loss_by_length"]})
+
+    def of(self, pos, label, name):
+        """One thing of a group's records, {seed: number or array}. A number as `name` is a length of context."""
+        group = {run["seed"]: run for run in self.runs if (run["pos"], run["label"]) == (pos, label)}
+        if isinstance(name, int):
+            return {seed: run["val_loss_by_length"][str(name)] for seed, run in group.items() if str(name) in run["val_loss_by_length"]}
+        return {seed: np.array(run[name]) for seed, run in group.items()}
+
+    def gap(self, pos, label, name="best_val_loss"):
+        """The differences to QKV, {seed: number or array}; QKV with the same flags, but for those of the attention."""
+        rival = ["qkv", *(flag for flag in label.split()[1:] if flag.split("=")[0] not in OF_ATTENTION)]
+        return minus(self.of(pos, label, name), self.of(pos, " ".join(rival), name))
+
+    def markdown(self):
+        """The claims C1 to C4, every group, and the losses at other lengths of context, as tables."""
+        claims = {
+            "C1: qv - qkv": lambda pos: self.gap(pos, "qv"),
+            "C2: (qv - qkv) - half of the same under learned": lambda pos: minus(self.gap(pos, "qv"), self.gap("learned", "qv"), 0.5),
+            "C3: qv_ka - qkv": lambda pos: self.gap(pos, "qv_ka"),
+            "C3: qv_ka - qv": lambda pos: minus(self.gap(pos, "qv_ka"), self.gap(pos, "qv")),
+            "C4: qv_ka - qkv, training loss over the first fifth": lambda pos: self.gap(pos, "qv_ka", "early_loss"),
+        }
+        tables = [table(["claim, nats", *self.positions],
+                        [[name, *(mean_and_spread(claim(pos), "+.4f", 1) for pos in self.positions)] for name, claim in claims.items()])]
+        rows = []
+        for pos, label in self.groups:
+            of = {name: self.of(pos, label, name) for name in self.runs[0]}
+            first = next(run for run in self.runs if (run["pos"], run["label"]) == (pos, label))
+            rows.append([pos, label, len(of["seed"]), mean_and_spread(of["best_val_loss"], ".4f"), int(np.median(list(of["best_step"].values()))),
+                         mean_and_spread(of["final_val_loss"], ".4f"), mean_and_spread(self.gap(pos, label), "+.4f", 1),
+                         *(f"{first[name]:,}" for name in ("attention_parameters", "parameters", "cache_bytes_per_token")),
+                         mean_and_spread(of["tokens_per_second"], ",.0f")])
+        tables.append(table(["positions", "attention", "seeds", "best validation loss", "at step", "at the end", "gap to qkv", "parameters in attention",
+                             "in all", "cache, bytes/token", "training tokens/s"], rows))
+        if self.lengths:
+            tables.append(table(["positions", "attention", *(f"{length} tokens" for length in self.lengths)],
+                                [[pos, label, *(mean_and_spread(self.of(pos, label, length), ".4f") for length in self.lengths)]
+                                 for pos, label in self.groups if self.of(pos, label, self.lengths[-1])]))
+        return f"**{self.title}**\n\n" + "\n\n".join(tables) + "\n"
+
+    def draw(self, figure):
+        """Above, the paired gaps to QKV; below, how they develop in the first fifth of training. A column for each kind of
+        positions; bars and bands are standard errors, faint dots the seeds."""
+        labels = [label for label in self.labels if not label.startswith("qkv")]
+        axes = figure.subplots(2, len(self.positions), sharex="row", sharey="row", squeeze=False, height_ratios=(len(labels) / 8 + 0.5, 1))
+        for pos, above, below in zip(self.positions, *axes):
+            for row, label in enumerate(labels):
+                gap, plain = self.gap(pos, label), label in STYLES
+                colour, marker, line = STYLES.get(label.split()[0], ("0.4", "x", "-"))
+                if gap:
+                    mean, error = mean_and_error(gap)
+                    above.plot(list(gap.values()), [row] * len(gap), ".", color=colour, alpha=0.35)
+                    above.errorbar(mean, row, xerr=error, fmt=marker, color=colour, mfc=colour if plain else "white", capsize=3)
+                if gap and plain:
+                    mean, error = mean_and_error(self.gap(pos, label, "early_curve"))
+                    steps = (np.arange(len(mean)) + 0.5) / len(mean) * max(self.of(pos, label, "early_steps").values())
+                    below.plot(steps, mean, line, color=colour, label=label)
+                    below.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.15, lw=0)
+            above.axvline(0, color="k", lw=1)
+            above.set(title=f"{pos} positions", xlabel="best validation loss minus QKV's", yticks=range(len(labels)), yticklabels=labels)
+            above.grid(alpha=0.3)
+            below.axhline(0, color="k", lw=1)
+            below.set(xlabel="step")
+            below.grid(alpha=0.3)
+        axes[0, 0].invert_yaxis()
+        axes[1, 0].set(ylabel="training loss minus QKV's")
+        axes[1, -1].legend(fontsize="small", ncols=2)
+
+    def draw_lengths(self, figure):
+        """Validation loss in longer windows than the models were trained on; bars are standard deviations."""
+        groups = [(pos, label) for pos, label in self.groups if label in STYLES and all(self.of(pos, label, length) for length in self.lengths)]
+        positions = list(dict.fromkeys(pos for pos, _ in groups))
+        axes = dict(zip(positions, figure.subplots(1, len(positions), squeeze=False)[0]))
+        for pos, label in groups:
+            (colour, marker, line), axis = STYLES[label], axes[pos]
+            by_length = [self.of(pos, label, length) for length in self.lengths]
+            means, errors = zip(*map(mean_and_error, by_length))
+            axis.errorbar(self.lengths, means, np.multiply(errors, math.sqrt(len(by_length[0]))), fmt=marker + line, color=colour, label=label, capsize=3)
+            axis.set_xscale("log", base=2)
+            axis.set(title=f"{pos} positions", xlabel="tokens in a window", xticks=self.lengths, xticklabels=self.lengths, ylabel="validation loss")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize="small")
+
+
+def report(out):
+    """Gathers the finished runs in `out`. results.json keeps what it had of other presets and data sets, so that the sweeps of
+    several machines come together; the tables and pictures are made from it alone."""
+    folders, path = sorted(path.parent for path in out.glob("*/last.pt")), ASSETS / "results.json"
+    progress, runs = Progress(len(folders)), []
+    for done, folder in enumerate(folders, 1):
+        runs.append(record(folder))
+        progress(done, f"read {done} of {len(folders)} runs")
+    progress.clear()
+    finished = [run for run in runs if run is not None]
+    print(f"{out}/ has {len(finished)} finished runs, and {len(runs) - len(finished)} others")
+
+    def kind(run):
+        return run["preset"], run["dataset"]
+
+    stored = json.loads(path.read_text()) if path.exists() else []
+    runs = sorted(finished + [run for run in stored if kind(run) not in set(map(kind, finished))], key=kind)
+    if not runs:
+        raise UserError(f"there is no finished run in {out}/; train some first: python train.py --attention=all --pos=all --seeds=5")
+    sweeps = [Sweep("{} preset, {}".format(*names), list(group)) for names, group in itertools.groupby(runs, kind)]
+    text = "\n".join(sweep.markdown() for sweep in sweeps)
+    lines = ",\n".join(json.dumps(run) for sweep in sweeps for run in sweep.runs)
+    write(path, lambda temporary: temporary.write_text(f"[\n{lines}\n]\n"))
+    write(ASSETS / "results.md", lambda temporary: temporary.write_text(text))
+    draw(ASSETS / "results.png", sweeps, Sweep.draw, 6.5)
+    draw(ASSETS / "lengths.png", [sweep for sweep in sweeps if sweep.lengths], Sweep.draw_lengths, 3.5)
+    print(f"\n{text}\nwritten: results.json, results.md, results.png and, if contexts were varied, lengths.png in {ASSETS}/")
+
+
+def draw(path, sweeps, method, height):
+    """Draws sweeps, one below the other."""
+    if sweeps:
+        plt = pyplot()
+        figure = plt.figure(figsize=(10, height * len(sweeps)), layout="constrained")
+        for sweep, part in zip(sweeps, np.atleast_1d(figure.subfigures(len(sweeps)))):
+            part.suptitle(sweep.title)
+            method(sweep, part)
+        write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+        plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def main(argv=None):
     given = parse(argv)
     try:
         task = Task(**{field.name: given.pop(field.name) for field in fields(Task) if field.name in given})
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    runs = spread(given, task.seeds)
     many = task.seeds is not None or any(given.get(name) == "all" or "," in given.get(name, "") for name in LISTS)
-    if many or task.report:
-        if given.get("resume") or "WORLD_SIZE" in os.environ:
-            raise UserError("--resume and torchrun are for one run; a sweep goes on when the same command is started again, and takes --workers")
-        out = Path(given.pop("out", OUT / "sweep"))
-        dataset = find_data(given.get("dataset"), print)[0]                          # once, before several need it
-        runs = [{**run, "dataset": dataset, "preset": resolve(run)[0].preset} for run in runs]
     if task.report:
-        report(out)
-    elif task.eval_only:
-        progress = Progress(len(runs))
-        for done, run in enumerate(runs, 1):
-            eval_only(folder_of(run, out) if many else Path(given["out"]) if "out" in given else newest_run(), given, task.eval_block_size)
-            progress(done, f"{done} of {len(runs)} runs")
-    elif many:
-        sweep(runs, out, task.workers)
-    else:
-        train_one(given)
+        return report(Path(given.get("out", SWEEP)))
+    if not many:
+        if task.eval_only:
+            return eval_only(Path(given["out"]) if "out" in given else newest_run(), given, task.eval_block_size)
+        return train_one(given)
+    if given.get("resume") or "WORLD_SIZE" in os.environ:
+        raise UserError("--resume and torchrun are for one run; a sweep goes on when the same command is started again, and takes --workers")
+    out, dataset = Path(given.pop("out", SWEEP)), find_data(given.get("dataset"), print)[0]
+    runs = spread({**given, "dataset": dataset}, task.seeds)
+    folders = [folder_of(run, out) for run in runs]
+    if not task.eval_only:
+        return sweep(dict(zip(folders, runs)), task.workers)
+    progress = Progress(len(folders))
+    for done, folder in enumerate(folders, 1):
+        eval_only(folder, given, task.eval_block_size)
+        progress(done, f"{done} of {len(folders)} runs")
 
 
 if __name__ == "__main__":

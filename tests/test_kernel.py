@@ -12,14 +12,14 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY, call
 
 CUDA = torch.cuda.is_available()
 INTERPRET = {} if CUDA else {"TRITON_INTERPRET": "1"}
 with mock.patch.dict(os.environ, INTERPRET):         # only here and during these tests: the others need not know
     import kernel
 from kernel import qv_attention, qv_attention_plain, qv_decode, qv_decode_plain
-from model import GPTConfig, LayerCache, QVKa
+from model import GPT, GPTConfig
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
@@ -226,26 +226,110 @@ def test_decoding_with_more_parts_than_tokens():
     assert_close([qv_decode(q[:1], v[:1], lengths=lengths[:1])], [expected[:1]], 1e-5)             # 16 parts
 
 
+# In the model ---------------------------------------------------------------------------------------------------------
+
+USES = [("qv", "learned"), ("qv", "agf"), ("qv_ka", "learned"), ("qv_ka", "rope"), ("qv_ka", "agf")]
+
+
+def models(attention, pos, **options):
+    """Two models with the same weights: by PyTorch, and by the kernel."""
+    config = GPTConfig(**dict(attention=attention, pos=pos, n_layer=2, n_head=2, n_embd=32, d_ctx=32, block_size=40) | options)
+    plain, fused = GPT(config).to(DEVICE), GPT(config).to(DEVICE)
+    fused.load_state_dict(plain.state_dict())
+    fused.use_kernel(kernel)
+    return plain, fused
+
+
+def assert_learn_the_same(a, b, losses):
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    for loss in losses:
+        loss.backward()
+    for (name, x), y in zip(a.named_parameters(), b.parameters()):
+        assert (x.grad - y.grad).norm() < 1e-4 * x.grad.norm(), name
+
+
 @runs
-@pytest.mark.parametrize("pos", ["learned", "rope", "agf"])
-def test_the_models_own_attention_and_cache(pos):
-    """QV-Ka of model.py in training, and decoding from the buffers of its cache as they lie in memory."""
-    T, block_size, H = 21, 40, 2
-    attention = QVKa(GPTConfig(n_head=H, n_embd=32, d_ctx=32, block_size=block_size, pos=pos)).to(DEVICE)
-    torch.nn.init.normal_(attention.w_k, std=0.1)
-    x, cache = tensor(2, T + 1, 32), LayerCache(block_size)
-    memory, query, w_k = attention.write(x, 0), attention.query(x, 0), attention.w_k
-    decay = attention.decay.log_a.exp().detach() if pos == "agf" else None
-    q_ctx, q_v = (query.transpose(1, 2) @ w_k.mT).transpose(1, 2).split([32, 16], dim=-1)
-    q_ctx = attention.rotate(q_ctx, 0)
-    (v, ctx), expected = memory, attention.mix(query, memory)
-    assert_close([qv_attention(q_v, v, q_ctx, ctx, decay)], [expected.double()], 1e-5)
-    with torch.no_grad():
-        cache.append(tuple(m[:, :T] for m in memory))
-        cache.append(tuple(m[:, T:] for m in memory))
-        lengths = torch.full((2,), T + 1, device=DEVICE)
-        found = qv_decode(q_v[:, T:], cache.buffers[0], q_ctx[:, T:], cache.buffers[1], decay, lengths)
-    assert_close([found], [expected[:, T:].double()], 1e-5)
+@pytest.mark.parametrize("attention,pos", USES)
+def test_the_model_learns_the_same_by_either(attention, pos):
+    plain, fused = models(attention, pos, shared_wk=pos == "agf")
+    x, y = torch.randint(65, (2, 2, 21), device=DEVICE)
+    with mock.patch.object(kernel, "qv_attention", wraps=qv_attention) as used:
+        losses = [model(x, y)[1] for model in (plain, fused)]
+    assert used.call_count == 2, "once a layer, and not at all by PyTorch"
+    assert_learn_the_same(plain, fused, losses)
+
+
+@runs
+@pytest.mark.parametrize("attention,pos", USES)
+def test_the_model_generates_the_same_by_either(attention, pos):
+    """A prompt of several tokens, decoding from the buffers of the model's cache as they lie, and a context that runs full."""
+    plain, fused = models(attention, pos)
+    prompt = torch.randint(65, (2, 30), device=DEVICE)
+    with mock.patch.object(kernel, "qv_decode", wraps=qv_decode) as used:
+        texts = [torch.cat([*model.eval().generate(prompt, 16, temperature=0)], 1) for model in (plain, fused)]
+    assert used.call_count > 2 * 10 and torch.equal(*texts)
+
+
+@runs
+def test_the_compiled_model_takes_the_kernel_whole():
+    """torch.compile sees one operator in the kernel's place: no graph break, and the same loss and gradients."""
+    eager, compiled = models("qv_ka", "agf", n_layer=1)[1], models("qv_ka", "agf", n_layer=1)[1]
+    compiled.load_state_dict(eager.state_dict())
+    x, y = torch.randint(65, (2, 2, 21), device=DEVICE)
+    losses = [model(x, y)[1] for model in (eager, torch.compile(compiled, fullgraph=True, backend="aot_eager"))]
+    assert_learn_the_same(eager, compiled, losses)
+
+
+@runs
+def test_the_programs_take_the_kernel_and_say_so(folder, capsys):
+    shape = ["--n_embd=32", "--attention=qv"]
+    for name in "torch", "triton":
+        assert call("train", *TINY, *shape, f"--kernel={name}", f"--out=out/{name}", f"--device={DEVICE}", "--dtype=float32") is None
+        assert f"attention by {name}" in capsys.readouterr().out
+        assert call("sample", f"--out=out/{name}", f"--kernel={name}", "--prompt=wall", "--max_new_tokens=9", f"--device={DEVICE}") is None
+        assert f"attention by {name}" in capsys.readouterr().err
+    logs = [[json.loads(line)["val_loss"] for line in (folder / "out" / name / "log.jsonl").read_text().splitlines()] for name in ("torch", "triton")]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5) and len(logs[0]) == 2
+
+
+@runs
+@pytest.mark.parametrize("flags,words", [
+    (["--attention=qkv"], "attention='qkv' has keys; the fused kernel is for qv and qv_ka"),
+    (["--attention=qv", "--pos=rope"], "pos='rope' scores a rotated copy"),
+    (["--dropout=0.1"], "dropout=0.1 of attention weights is not in the fused kernel"),
+    (["--n_embd=16"], "should be (B, T, H, D) with D one of (16, 32, 64, 128)"),
+    (["--d_ctx=20"], "should be (B, T, H, E) with E one of (16, 32, 64, 128)"),
+])
+def test_what_the_kernel_cannot_do_is_a_sentence(folder, flags, words):
+    message = call("train", *TINY, "--n_embd=32", "--kernel=triton", *flags, f"--device={DEVICE}")
+    assert words in message and message.endswith("or take --kernel=torch")
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU: 200 steps in bfloat16, which the interpreter cannot multiply")
+@pytest.mark.parametrize("attention,pos", [("qv", "agf"), ("qv_ka", "rope")])
+def test_200_steps_of_training_follow_pytorch(attention, pos):
+    """In bfloat16, from the same weights and batches; PyTorch in float32 says how much bfloat16 alone moves the losses."""
+    plain, fused = models(attention, pos, n_layer=4, n_head=4, n_embd=256, d_ctx=64, block_size=256)
+    exact = models(attention, pos, n_layer=4, n_head=4, n_embd=256, d_ctx=64, block_size=256)[0]
+    exact.load_state_dict(plain.state_dict())
+    text = torch.randint(65, (20_000,), device=DEVICE) // 2 * 2                      # something to learn: even tokens only
+    losses = []
+    for model, dtype in (exact, torch.float32), (plain, torch.bfloat16), (fused, torch.bfloat16):
+        optimizer, random = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.Generator().manual_seed(1)
+        losses.append([])
+        for _ in range(200):
+            starts = torch.randint(len(text) - 257, (16,), generator=random).tolist()
+            batch = torch.stack([text[start : start + 257] for start in starts])
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                loss = model(batch[:, :-1], batch[:, 1:])[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    exact, plain, fused = map(torch.tensor, losses)
+    assert exact[-1] < exact[0] - 0.3
+    noise = (plain - exact).abs().mean()
+    assert (fused - exact).abs().mean() < 2 * noise + 1e-4, f"{(fused - exact).abs().mean():.2e} against {noise:.2e}"
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
