@@ -150,11 +150,16 @@ def parse(argv=None):
     return vars(parser.parse_args(argv))
 
 
+def preset_of(given):
+    """The preset that is meant, which is not auto."""
+    if given.get("preset", "auto") != "auto":
+        return given["preset"]
+    return "gpu" if given.get("device", "auto").startswith(("auto", "cuda")) and torch.cuda.is_available() else "cpu"
+
+
 def resolve(given):
     """The two configurations: defaults, under the preset, under the given flags. vocab_size is for `Run.begin` to fill in."""
-    preset = given.get("preset", "auto")
-    if preset == "auto":
-        preset = "gpu" if given.get("device", "auto").startswith(("auto", "cuda")) and torch.cuda.is_available() else "cpu"
+    preset = preset_of(given)
     values = {**PRESETS[preset], **given, "preset": preset}
     return tuple(config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
                  for config in (TrainConfig, GPTConfig))
@@ -371,6 +376,14 @@ def check_same_data(checkpoint, meta, out):
     if (checkpoint["tokenizer"], checkpoint["data_sha256"]) != (meta["tokenizer"], meta["sha256"]):
         raise UserError(f"data set {checkpoint['train_config']['dataset']!r} is not the one that {out} was trained on (its text or its "
                         f"tokenizer, which was {checkpoint['tokenizer']['kind']}, differs); prepare that one again")
+
+
+def read_json(path, default):
+    """What a JSON file holds, or the default where there is none."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else default
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({reason(error)}); remove it, and it will be made anew") from None
 
 
 def pyplot():
@@ -666,8 +679,8 @@ def train_one(given):
 
 
 def spread(given, seeds):
-    """The flags of every run that lists of attentions and positions, and a number of seeds, ask for. What will be compared
-    comes one after the other, so that it runs side by side on one machine."""
+    """The flags of every run that lists of attentions and positions, and a number of seeds, ask for. What is compared comes
+    one after the other, so that it runs side by side."""
     attentions, positions = ([*known] if given.get(name) == "all" else given.get(name, getattr(GPTConfig, name)).split(",")
                              for name, known in LISTS.items())
     first = given.get("seed", TrainConfig.seed)
@@ -772,7 +785,7 @@ def eval_only(folder, given, block_size):
     context = autocast(processes.device, choose_dtype(given.get("dtype", stored.dtype), processes.device))
     loss = evaluate(model.to(processes.device), splits["val"], block_size, given.get("eval_tokens", stored.eval_tokens), processes, context)
     path = folder / "eval.json"
-    losses = {**(json.loads(path.read_text()) if path.exists() else {}), str(block_size): loss}
+    losses = {**read_json(path, {}), str(block_size): loss}
     write(path, lambda temporary: temporary.write_text(json.dumps(losses)))
     print(f"{folder}: validation loss {loss:.4f} in windows of {block_size} tokens (trained on {config.block_size})", flush=True)
 
@@ -784,6 +797,7 @@ def eval_only(folder, given, block_size):
 ASSETS = Path("assets")
 STYLES = {"qkv": ("k", "o", "-"), "gqa": ("#E69F00", "s", ":"), "mla": ("#009E73", "^", "-."), "qv": ("#D55E00", "v", "--"),
           "qv_ka": ("#0072B2", "D", "-")}                                            # Okabe and Ito's colours, for all eyes
+OTHER = ("0.4", "x", "-")                                                            # an attention of your own
 OF_ATTENTION = {"n_kv_head", "d_latent", "d_rope", "d_ctx", "shared_wk", "n_inner"}  # flags that QKV need not share to be compared
 
 
@@ -794,15 +808,16 @@ def record(folder):
     if len(losses) < flags["max_steps"]:
         return None
     same = {name: flags[name] for name in ("preset", "dataset", "attention", "pos")}
-    preset = {name: value for config in resolve(same) for name, value in asdict(config).items()}
-    label = [flags["attention"], *(f"{name}={flags[name]}" for name in sorted(flags.keys() - UNNAMED - {"vocab_size"}) if flags[name] != preset[name])]
-    best, longer, fifth = min(log, key=lambda entry: entry["val_loss"]), folder / "eval.json", losses[: -(-len(losses) // 5)]
+    (train, config), (_, wide) = resolve(same), resolve({**same, "n_head": flags["n_head"], "n_embd": flags["n_embd"]})
+    preset = {**asdict(train), **asdict(config), **{name: getattr(wide, name) for name in OF_ATTENTION}}         # some follow from others
+    changed = [f"{name}={flags[name]}" for name in sorted(flags.keys() - UNNAMED - {"vocab_size"}) if flags[name] != preset[name]]
+    best, fifth = min(log, key=lambda entry: entry["val_loss"]), losses[: -(-len(losses) // 5)]
     return dict(
-        **same, label=" ".join(label), seed=flags["seed"], best_val_loss=best["val_loss"], best_step=best["step"], final_val_loss=log[-1]["val_loss"],
+        **same, flags=changed, seed=flags["seed"], best_val_loss=best["val_loss"], best_step=best["step"], final_val_loss=log[-1]["val_loss"],
         early_steps=len(fifth), early_loss=float(np.mean(fifth)), early_curve=[round(float(part.mean()), 4) for part in np.array_split(fifth, min(25, len(fifth)))],
-        val_loss_by_length=json.loads(longer.read_text()) if longer.exists() else {},
+        val_loss_by_length=read_json(folder / "eval.json", {}),
         attention_parameters=count_parameters(model, "attention"), parameters=count_parameters(model), cache_bytes_per_token=cache_bytes(model.eval())[1],
-        tokens_per_second=float(np.median([entry["tokens_per_second"] for entry in log])),
+        tokens_per_second=max(entry["tokens_per_second"] for entry in log),          # when others disturbed it least
         log=[(entry["step"], round(entry["val_loss"], 4), entry["seconds"]) for entry in log])
 
 
@@ -831,15 +846,20 @@ def table(head, rows):
 
 
 class Sweep:
-    """The finished runs of one preset on one data set. A group of them is (pos, label), which differ in their seeds alone."""
+    """The finished runs of one preset on one data set. A group of them is (pos, label): those that differ in their seeds alone.
+    A label is the attention, and those flags beyond the preset that are not common to all."""
 
     def __init__(self, title, runs):
-        self.title = title
+        common = [flag for flag in runs[0]["flags"] if all(flag in run["flags"] for run in runs)]
+        self.title = ", ".join([*title, *common])
+        for run in runs:
+            run["label"] = " ".join([run["attention"], *(flag for flag in run["flags"] if flag not in common)])
         order = {name: place for place, name in enumerate([*POSITIONS, *ATTENTIONS])}
         self.runs = sorted(runs, key=lambda run: (order[run["pos"]], order[run["attention"]], run["label"], run["seed"]))
         self.groups = list(dict.fromkeys((run["pos"], run["label"]) for run in self.runs))
         self.positions, self.labels = (list(dict.fromkeys(names)) for names in zip(*self.groups))
         self.lengths = sorted({int(length) for run in runs for length in run["val_loss_by_length"]})
+        self.lengthened = [group for group in self.groups if any(self.of(*group, length) for length in self.lengths)]
 
     def of(self, pos, label, name):
         """One thing of a group's records, {seed: number or array}. A number as `name` is a length of context."""
@@ -857,7 +877,8 @@ class Sweep:
         """The claims C1 to C4, every group, and the losses at other lengths of context, as tables."""
         claims = {
             "C1: qv - qkv": lambda pos: self.gap(pos, "qv"),
-            "C2: (qv - qkv) - half of the same under learned": lambda pos: minus(self.gap(pos, "qv"), self.gap("learned", "qv"), 0.5),
+            "C2: (qv - qkv) - half of the same under learned":
+                lambda pos: minus(self.gap(pos, "qv"), self.gap("learned", "qv"), 0.5) if pos != "learned" else {},
             "C3: qv_ka - qkv": lambda pos: self.gap(pos, "qv_ka"),
             "C3: qv_ka - qv": lambda pos: minus(self.gap(pos, "qv_ka"), self.gap(pos, "qv")),
             "C4: qv_ka - qkv, training loss over the first fifth": lambda pos: self.gap(pos, "qv_ka", "early_loss"),
@@ -871,13 +892,13 @@ class Sweep:
             rows.append([pos, label, len(of["seed"]), mean_and_spread(of["best_val_loss"], ".4f"), int(np.median(list(of["best_step"].values()))),
                          mean_and_spread(of["final_val_loss"], ".4f"), mean_and_spread(self.gap(pos, label), "+.4f", 1),
                          *(f"{first[name]:,}" for name in ("attention_parameters", "parameters", "cache_bytes_per_token")),
-                         mean_and_spread(of["tokens_per_second"], ",.0f")])
+                         f"{np.median(list(of['tokens_per_second'].values())):,.0f}"])
         tables.append(table(["positions", "attention", "seeds", "best validation loss", "at step", "at the end", "gap to qkv", "parameters in attention",
                              "in all", "cache, bytes/token", "training tokens/s"], rows))
-        if self.lengths:
+        if self.lengthened:
             tables.append(table(["positions", "attention", *(f"{length} tokens" for length in self.lengths)],
                                 [[pos, label, *(mean_and_spread(self.of(pos, label, length), ".4f") for length in self.lengths)]
-                                 for pos, label in self.groups if self.of(pos, label, self.lengths[-1])]))
+                                 for pos, label in self.lengthened]))
         return f"**{self.title}**\n\n" + "\n\n".join(tables) + "\n"
 
     def draw(self, figure):
@@ -888,7 +909,7 @@ class Sweep:
         for pos, above, below in zip(self.positions, *axes):
             for row, label in enumerate(labels):
                 gap, plain = self.gap(pos, label), label in STYLES
-                colour, marker, line = STYLES.get(label.split()[0], ("0.4", "x", "-"))
+                colour, marker, line = STYLES.get(label.split()[0], OTHER)
                 if gap:
                     mean, error = mean_and_error(gap)
                     above.plot(list(gap.values()), [row] * len(gap), ".", color=colour, alpha=0.35)
@@ -910,14 +931,15 @@ class Sweep:
 
     def draw_lengths(self, figure):
         """Validation loss in longer windows than the models were trained on; bars are standard deviations."""
-        groups = [(pos, label) for pos, label in self.groups if label in STYLES and all(self.of(pos, label, length) for length in self.lengths)]
-        positions = list(dict.fromkeys(pos for pos, _ in groups))
+        positions = list(dict.fromkeys(pos for pos, _ in self.lengthened))
         axes = dict(zip(positions, figure.subplots(1, len(positions), squeeze=False)[0]))
-        for pos, label in groups:
-            (colour, marker, line), axis = STYLES[label], axes[pos]
-            by_length = [self.of(pos, label, length) for length in self.lengths]
-            means, errors = zip(*map(mean_and_error, by_length))
-            axis.errorbar(self.lengths, means, np.multiply(errors, math.sqrt(len(by_length[0]))), fmt=marker + line, color=colour, label=label, capsize=3)
+        for pos, label in self.lengthened:
+            by_length = {length: losses for length in self.lengths if (losses := self.of(pos, label, length))}
+            means, errors = zip(*map(mean_and_error, by_length.values()))
+            deviations = [error * math.sqrt(len(losses)) for error, losses in zip(errors, by_length.values())]
+            colour, marker, line = STYLES.get(label, OTHER)
+            axes[pos].errorbar(by_length.keys(), means, deviations, fmt=marker + line, color=colour, label=label, capsize=3)
+        for pos, axis in axes.items():
             axis.set_xscale("log", base=2)
             axis.set(title=f"{pos} positions", xlabel="tokens in a window", xticks=self.lengths, xticklabels=self.lengths, ylabel="validation loss")
             axis.grid(alpha=0.3)
@@ -939,22 +961,23 @@ def report(out):
     def kind(run):
         return run["preset"], run["dataset"]
 
-    stored = json.loads(path.read_text()) if path.exists() else []
+    stored = read_json(path, [])
     runs = sorted(finished + [run for run in stored if kind(run) not in set(map(kind, finished))], key=kind)
     if not runs:
         raise UserError(f"there is no finished run in {out}/; train some first: python train.py --attention=all --pos=all --seeds=5")
-    sweeps = [Sweep("{} preset, {}".format(*names), list(group)) for names, group in itertools.groupby(runs, kind)]
+    sweeps = [Sweep([f"{preset} preset", dataset], list(group)) for (preset, dataset), group in itertools.groupby(runs, kind)]
     text = "\n".join(sweep.markdown() for sweep in sweeps)
     lines = ",\n".join(json.dumps(run) for sweep in sweeps for run in sweep.runs)
     write(path, lambda temporary: temporary.write_text(f"[\n{lines}\n]\n"))
     write(ASSETS / "results.md", lambda temporary: temporary.write_text(text))
-    draw(ASSETS / "results.png", sweeps, Sweep.draw, 6.5)
-    draw(ASSETS / "lengths.png", [sweep for sweep in sweeps if sweep.lengths], Sweep.draw_lengths, 3.5)
-    print(f"\n{text}\nwritten: results.json, results.md, results.png and, if contexts were varied, lengths.png in {ASSETS}/")
+    draw(ASSETS / "results.png", [sweep for sweep in sweeps if len(sweep.labels) > 1], Sweep.draw, 6.5)
+    draw(ASSETS / "lengths.png", [sweep for sweep in sweeps if sweep.lengthened], Sweep.draw_lengths, 3.5)
+    print(f"\n{text}\nwritten to {ASSETS}/: {', '.join(sorted(path.name for path in ASSETS.glob('results.*')))}"
+          f"{' and lengths.png' if any(sweep.lengthened for sweep in sweeps) else ''}")
 
 
 def draw(path, sweeps, method, height):
-    """Draws sweeps, one below the other."""
+    """Draws sweeps, if there are any, one below the other."""
     if sweeps:
         plt = pyplot()
         figure = plt.figure(figsize=(10, height * len(sweeps)), layout="constrained")
@@ -977,21 +1000,21 @@ def main(argv=None):
     many = task.seeds is not None or any(given.get(name) == "all" or "," in given.get(name, "") for name in LISTS)
     if task.report:
         return report(Path(given.get("out", SWEEP)))
-    if not many:
-        if task.eval_only:
-            return eval_only(Path(given["out"]) if "out" in given else newest_run(), given, task.eval_block_size)
-        return train_one(given)
-    if given.get("resume") or "WORLD_SIZE" in os.environ:
-        raise UserError("--resume and torchrun are for one run; a sweep goes on when the same command is started again, and takes --workers")
-    out, dataset = Path(given.pop("out", SWEEP)), find_data(given.get("dataset"), print)[0]
-    runs = spread({**given, "dataset": dataset}, task.seeds)
-    folders = [folder_of(run, out) for run in runs]
+    if many:
+        if given.get("resume") or "WORLD_SIZE" in os.environ:
+            raise UserError("--resume and torchrun are for one run; a sweep goes on when the same command is started again, and takes --workers")
+        dataset, out = find_data(given.get("dataset"), print)[0], Path(given.pop("out", SWEEP))
+        runs = {folder_of(run, out): run for run in spread({**given, "dataset": dataset, "preset": preset_of(given)}, task.seeds)}
     if not task.eval_only:
-        return sweep(dict(zip(folders, runs)), task.workers)
-    progress = Progress(len(folders))
-    for done, folder in enumerate(folders, 1):
+        return sweep(runs, task.workers) if many else train_one(given)
+    if not many:
+        if fixed := given.keys() - {"out", "device", "dtype", "eval_tokens"}:
+            raise UserError(f"--eval_only takes a run as it is, so leave --{min(fixed)} out; or name a sweep's runs by giving --seeds too")
+        runs = [Path(given["out"]) if "out" in given else newest_run()]
+    progress = Progress(len(runs))
+    for done, folder in enumerate(runs, 1):
         eval_only(folder, given, task.eval_block_size)
-        progress(done, f"{done} of {len(folders)} runs")
+        progress(done, f"validated {done} of {len(runs)} runs")
 
 
 if __name__ == "__main__":

@@ -364,6 +364,138 @@ def test_presets_are_defaults_that_flags_override():
     assert config.batch_size * model.block_size == 491_520 and config.dataset == "openwebtext"
 
 
+# Many runs ------------------------------------------------------------------------------------------------------------
+
+SWEEP = [*TINY[:-2], "--attention=qkv,qv", "--pos=agf", "--seeds=2", "--eval_interval=10"]
+
+
+def sweep_log(attention, seed, steps=20):
+    return log(f"out/sweep/cpu-tiny-{attention}-agf-batch_size=4-block_size=16-eval_interval=10-max_steps={steps}-n_embd=16-n_head=2-n_layer=1"
+               f"-seed={seed}")
+
+
+def test_a_sweep_is_stopped_and_goes_on(folder, capsys):
+    """Its runs are those that single commands would make, however often it was stopped, and finished ones are left alone."""
+    command = [sys.executable, ROOT / "train.py", *SWEEP, "--max_steps=3000", "--workers=2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not any(Path("out").glob("sweep/*/best.pt")):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and out.startswith("4 runs, 0 of them finished; 2 at a time")
+    assert errors.strip().splitlines()[-1] == "stopped, and saved; 4 of 4 runs are to be finished: start the same command again"
+    assert 0 < checkpoint(next(Path("out").glob("sweep/*/last.pt")).parent)["step"] < 3000
+    short = [*SWEEP, "--max_steps=20"]
+    assert call("train", *short, "--workers=2") is None
+    assert capsys.readouterr().out.count("validation loss") == 4
+    assert call("train", *short) is None
+    assert capsys.readouterr().out.startswith("4 runs, 4 of them finished")
+    for attention, seed in ("qkv", 1338), ("qv", 1337):
+        assert call("train", *[flag for flag in short if "seeds" not in flag and "attention" not in flag], f"--attention={attention}", f"--seed={seed}",
+                    f"--out=out/{attention}") is None
+        assert log(f"out/{attention}") == sweep_log(attention, seed)
+
+
+def test_a_stopped_run_of_a_sweep_is_resumed(folder):
+    """The same flags as before, and --resume: the run goes on where its checkpoint is."""
+    flags = [*TINY[:-2], "--eval_interval=10", "--max_steps=20"]
+    assert call("train", *flags, "--attention=qv", "--out=out/whole") is None
+    target = train.folder_of(train.parse([*flags, "--attention=qv"]), train.SWEEP)
+    shutil.copytree("out/whole", target)
+    state = checkpoint(target)
+    assert call("train", *flags[:-1], "--max_steps=10", "--attention=qv", "--out=out/half") is None
+    half = {**checkpoint("out/half"), "train_config": state["train_config"]}
+    torch.save(half, target / "last.pt")
+    (target / "log.jsonl").write_text(json.dumps(half["log"][0]) + "\n")
+    assert call("train", *flags, "--attention=qv", "--seeds=1", "--workers=1") is None
+    assert [entry["step"] for entry in log(target)] == [10, 20]
+    assert "step 20: " in (target / "output.txt").read_text() and "step 10: " not in (target / "output.txt").read_text()
+
+
+def test_a_run_that_fails_does_not_stop_the_sweep(folder, capsys):
+    broken = train.folder_of(train.parse([*SWEEP[:-4], "--attention=qkv", "--pos=agf", "--eval_interval=10", "--max_steps=20"]), train.SWEEP)
+    broken.mkdir(parents=True)
+    (broken / "last.pt").write_text("hello")
+    sentence = call("train", *SWEEP, "--max_steps=20", "--workers=2")
+    assert sentence.endswith(f"1 of 4 runs failed; read {broken / 'output.txt'}, mend it, and start the same command again")
+    assert "is not a usable checkpoint" in capsys.readouterr().out
+    assert len(sweep_log("qv", 1337)) == len(sweep_log("qkv", 1338)) == 2
+
+
+def test_validation_in_longer_windows(folder, capsys):
+    """The losses of --eval_only against a sum over the windows by hand; also of learned positions, as far as they go."""
+    for pos, lengths in ("agf", (8, 16, 40)), ("rope", (16, 40)), ("learned", (8, 16)):
+        out = Path("out", pos)
+        assert call("train", *TINY, f"--pos={pos}", f"--out={out}") is None
+        _, model = train.load_checkpoint(out / "best.pt")
+        _, splits = prepare.load("tiny")
+        tokens = torch.from_numpy(splits["val"].astype(np.int64))
+        for length in lengths:
+            assert call("train", "--eval_only", f"--out={out}", "--device=cpu", f"--eval_block_size={length}") is None
+            longer = train.GPT(train.replace(model.config, block_size=max(16, length)))
+            longer.load_state_dict(model.state_dict())
+            total = sum(longer(x[None], y[None])[1].item() * len(x) for x, y in zip(tokens[:-1].split(length), tokens[1:].split(length)))
+            expected = total / (len(tokens) - 1)
+            assert json.loads((out / "eval.json").read_text())[str(length)] == pytest.approx(expected, abs=1e-5)
+            assert f"validation loss {expected:.4f} in windows of {length} tokens (trained on 16)" in capsys.readouterr().out
+    assert "--eval_block_size=17 is more than the 16 positions that out/learned has learned" in call(
+        "train", "--eval_only", "--out=out/learned", "--device=cpu", "--eval_block_size=17")
+    assert json.loads(Path("out/rope/eval.json").read_text()).keys() == {"16", "40"}
+
+
+def test_a_report_of_real_runs(folder, capsys):
+    """Two seeds of two attentions: every figure of the table against the runs' own files, and what was stored of other presets."""
+    assert call("train", *SWEEP, "--max_steps=20", "--workers=2") is None
+    assert call("train", *SWEEP, "--max_steps=20", "--eval_only", "--eval_block_size=32") is None
+    capsys.readouterr()
+    assert call("train", "--report") is None
+    text = Path("assets/results.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "**cpu preset, tiny, batch_size=4, block_size=16, eval_interval=10, max_steps=20, n_embd=16, n_head=2, n_layer=1**" in text
+    tables = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| agf")]
+    losses = {name: np.array([sweep_log(name, seed)[-1]["val_loss"] for seed in (1337, 1338)]) for name in ("qkv", "qv")}
+    gaps, spread = losses["qv"] - losses["qkv"], f"{losses['qv'].mean():.4f} ± {losses['qv'].std(ddof=1):.4f}"
+    parameters = 3 * 16 * 16 + 2                                                     # W_Q, W_V and the output; a decay for each head
+    qkv, qv, _, qv_longer = tables
+    assert qv[:7] == ["agf", "qv", "2", spread, "20", spread, f"{gaps.mean():+.4f} ± {gaps.std(ddof=1) / 2**0.5:.4f}"]
+    assert qv[7:10] == [f"{parameters:,}", f"{parameters + 8 * 16 * 16 + 3 * 16 + len(set(TEXT)) * 16:,}", "64"]
+    assert qkv[9] == "128" and float(qv[10].replace(",", "")) > 0
+    longer = [json.loads(path.read_text())["32"] for path in sorted(Path("out/sweep").glob("*-qv-*/eval.json"))]
+    assert qv_longer == ["agf", "qv", f"{np.mean(longer):.4f} ± {np.std(longer, ddof=1):.4f}"]
+    assert all(Path("assets", name).read_bytes().startswith(b"\x89PNG") for name in ("results.png", "lengths.png"))
+
+
+def made_up(attention, pos, seed, loss, early, preset="gpu"):
+    """A run's record, as --report stores it."""
+    return dict(preset=preset, dataset="some", attention=attention, pos=pos, flags=[], seed=seed, best_val_loss=loss, best_step=seed,
+                final_val_loss=loss + 0.1, early_steps=10, early_loss=early, early_curve=[early] * 5, val_loss_by_length={}, attention_parameters=1,
+                parameters=2, cache_bytes_per_token=3, tokens_per_second=4.0, log=[[5, loss, 1.0], [9, loss + 0.1, 2.0]])
+
+
+def test_a_report_of_known_numbers(folder, capsys):
+    """The claims' arithmetic, paired by seed, on numbers whose answer is clear; a seed that QKV lacks is not compared."""
+    Path("assets").mkdir()
+    noise = {1: 0.3, 2: -0.2, 3: 0.5}                                                # of a seed, the same for all: pairing removes it
+    records = [made_up(name, pos, seed, 2 + gap + noise[seed], 3 + early + noise[seed])
+               for pos, gaps in (("learned", (0.0, 0.08, 0.04)), ("agf", (0.0, 0.03, 0.01)))
+               for (name, early), gap in zip((("qkv", 0.0), ("qv", 0.1), ("qv_ka", -0.05)), gaps) for seed in noise]
+    records.append(made_up("qv", "agf", 4, 99.0, 99.0))
+    Path("assets/results.json").write_text(json.dumps(records))
+    assert call("train", "--report", "--out=out") is None                            # its run is of another preset
+    text = Path("assets/results.md").read_text()
+    for line in ("| C1: qv - qkv | +0.0800 ± 0.0000 | +0.0300 ± 0.0000 |",
+                 "| C2: (qv - qkv) - half of the same under learned |  | -0.0100 ± 0.0000 |",
+                 "| C3: qv_ka - qkv | +0.0400 ± 0.0000 | +0.0100 ± 0.0000 |",
+                 "| C3: qv_ka - qv | -0.0400 ± 0.0000 | -0.0200 ± 0.0000 |",
+                 "| C4: qv_ka - qkv, training loss over the first fifth | -0.0500 ± 0.0000 | -0.0500 ± 0.0000 |",
+                 "| learned | qkv | 3 | 2.2000 ± 0.3606 | 2 | 2.3000 ± 0.3606 | +0.0000 ± 0.0000 | 1 | 2 | 3 | 4 |"):
+        assert line in text, line
+    assert "**gpu preset, some**" in text and "**cpu preset, tiny, batch_size=4, " in text
+    stored = json.loads(Path("assets/results.json").read_text())
+    assert len(stored) == len(records) + 1 and all({**record, "label": record["attention"]} in stored for record in records)
+    assert call("train", "--report", "--out=out") is None and json.loads(Path("assets/results.json").read_text()) == stored
+
+
 # sample.py ------------------------------------------------------------------------------------------------------------
 
 
@@ -440,6 +572,7 @@ DAMAGE = {
     "taken name": lambda: Path("pydoc.txt").write_text(TEXT),
     "short text": lambda: (Path("short.txt").write_text("abcdefghij" * 3), call("prepare", "short.txt")),
     "other input.txt": lambda: (Path("data/shakespeare_char").mkdir(), Path("data/shakespeare_char/input.txt").write_text(TEXT)),
+    "damaged results": lambda: (Path("out/run/eval.json").write_text("{"), Path("assets").mkdir(), Path("assets/results.json").write_text("[")),
     "file for folder": lambda: Path("taken").write_text(""),
     None: lambda: None,
 }
@@ -448,7 +581,20 @@ NEW = [*TINY, "--out=out/new"]
 MISUSE = [
     # program, flags, what is damaged before, words of the sentence
     ("train", [*NEW, "--attentoin=qv"], None, "unrecognized arguments: --attentoin=qv"),
-    ("train", [*NEW, "--attention=qkw"], None, "invalid choice: 'qkw' (choose from"),
+    ("train", [*NEW, "--attention=qkw"], None, "--attention='qkw' is unknown; choose one of qkv, gqa, mla, qv, qv_ka"),
+    ("train", [*NEW, "--attention=qkv,qkw"], None, "--attention='qkw' is unknown; choose one of qkv, gqa, mla, qv, qv_ka"),
+    ("train", [*NEW, "--seeds=0"], None, "--seeds=0 must be at least 1"),
+    ("train", [*NEW, "--seeds=2", "--workers=0"], None, "--workers=0 must be at least 1"),
+    ("train", [*NEW, "--pos=all", "--resume"], None, "a sweep goes on when the same command is started again"),
+    ("train", [*NEW, "--eval_block_size=32"], None, "--eval_block_size=32 is for --eval_only; to train with it, take --block_size"),
+    ("train", ["--eval_only", "--out=out/run", "--attention=qv"], None, "--eval_only takes a run as it is, so leave --attention out"),
+    ("train", ["--eval_only", "--out=out/none"], None, "there is no checkpoint out/none/best.pt; train one first"),
+    ("train", ["--eval_only", "--out=out/run"], "other text", "data set 'tiny' is not the one that out/run was trained on"),
+    ("train", ["--eval_only", "--out=out/run"], "damaged results", "out/run/eval.json is damaged"),
+    ("train", ["--report", "--out=taken"], "damaged results", "assets/results.json is damaged"),
+    ("train", ["--report"], None, "there is no finished run in out/sweep/; train some first: python train.py --attention=all"),
+    ("train", [*NEW, "--kernel=cuda"], None, "invalid choice: 'cuda'"),
+    ("sample", ["--benchmark", "--kernel=triton"], None, "the kernel's own benchmark is python kernel.py"),
     ("train", [*NEW, "--n_layer=two"], None, "argument --n_layer: invalid int value: 'two'"),
     ("train", [*NEW, "--n_layer=0"], None, "--n_layer=0 must be at least 1"),
     ("train", [*NEW, "--n_head=3"], None, "--n_embd=16 must be a multiple of n_head=3, for example 18"),
