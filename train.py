@@ -798,6 +798,7 @@ ASSETS = Path("assets")
 STYLES = {"qkv": ("k", "o", "-"), "gqa": ("#E69F00", "s", ":"), "mla": ("#009E73", "^", "-."), "qv": ("#D55E00", "v", "--"),
           "qv_ka": ("#0072B2", "D", "-")}                                            # Okabe and Ito's colours, for all eyes
 OTHER = ("0.4", "x", "-")                                                            # an attention of your own
+NANOGPT = {"gpu": 1.4697}                                                            # its best validation loss with that preset
 OF_ATTENTION = {"n_kv_head", "d_latent", "d_rope", "d_ctx", "shared_wk", "n_inner"}  # flags that QKV need not share to be compared
 
 
@@ -809,14 +810,17 @@ def record(folder):
         return None
     same = {name: flags[name] for name in ("preset", "dataset", "attention", "pos")}
     (train, config), (_, wide) = resolve(same), resolve({**same, "n_head": flags["n_head"], "n_embd": flags["n_embd"]})
-    preset = {**asdict(train), **asdict(config), **{name: getattr(wide, name) for name in OF_ATTENTION}}         # some follow from others
+    preset = {**asdict(train), **asdict(config), **{name: getattr(wide, name) for name in OF_ATTENTION}}    # some follow from others
     changed = [f"{name}={flags[name]}" for name in sorted(flags.keys() - UNNAMED - {"vocab_size"}) if flags[name] != preset[name]]
     best, fifth = min(log, key=lambda entry: entry["val_loss"]), losses[: -(-len(losses) // 5)]
     return dict(
-        **same, flags=changed, seed=flags["seed"], best_val_loss=best["val_loss"], best_step=best["step"], final_val_loss=log[-1]["val_loss"],
-        early_steps=len(fifth), early_loss=float(np.mean(fifth)), early_curve=[round(float(part.mean()), 4) for part in np.array_split(fifth, min(25, len(fifth)))],
+        **same, flags=changed, seed=flags["seed"],
+        best_val_loss=best["val_loss"], best_step=best["step"], final_val_loss=log[-1]["val_loss"],
         val_loss_by_length=read_json(folder / "eval.json", {}),
-        attention_parameters=count_parameters(model, "attention"), parameters=count_parameters(model), cache_bytes_per_token=cache_bytes(model.eval())[1],
+        early_steps=len(fifth), early_loss=float(np.mean(fifth)),
+        early_curve=[round(float(part.mean()), 4) for part in np.array_split(fifth, min(25, len(fifth)))],
+        attention_parameters=count_parameters(model, "attention"), parameters=count_parameters(model),
+        cache_bytes_per_token=cache_bytes(model.eval())[1],
         tokens_per_second=max(entry["tokens_per_second"] for entry in log),          # when others disturbed it least
         log=[(entry["step"], round(entry["val_loss"], 4), entry["seconds"]) for entry in log])
 
@@ -832,12 +836,17 @@ def mean_and_error(by_seed):
     return x.mean(0), x.std(0, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else 0 * x[0]
 
 
-def mean_and_spread(by_seed, form, scale=None):
-    """mean ± standard deviation, or error, as text; nothing where there are no seeds."""
+def standard_deviation(by_seed, form):
+    """mean ± standard deviation, as text; nothing where there are no seeds."""
+    return plus_minus(by_seed, form, math.sqrt(len(by_seed)))
+
+
+def plus_minus(by_seed, form, times=1.0):
+    """mean ± `times` its standard error, as text."""
     if not by_seed:
         return ""
     mean, error = mean_and_error(by_seed)
-    return f"{mean:{form}}" + (f" ± {error * (scale or math.sqrt(len(by_seed))):{form.replace('+', '')}}" if len(by_seed) > 1 else "")
+    return f"{mean:{form}}" + (f" ± {error * times:{form.replace('+', '')}}" if len(by_seed) > 1 else "")
 
 
 def table(head, rows):
@@ -846,27 +855,34 @@ def table(head, rows):
 
 
 class Sweep:
-    """The finished runs of one preset on one data set. A group of them is (pos, label): those that differ in their seeds alone.
-    A label is the attention, and those flags beyond the preset that are not common to all."""
+    """The finished runs of one preset on one data set, as groups[pos, label] = {seed: run}. A label is the attention, and those
+    flags beyond the preset that are not common to all the runs."""
 
     def __init__(self, title, runs):
-        common = [flag for flag in runs[0]["flags"] if all(flag in run["flags"] for run in runs)]
-        self.title = ", ".join([*title, *common])
-        for run in runs:
-            run["label"] = " ".join([run["attention"], *(flag for flag in run["flags"] if flag not in common)])
-        order = {name: place for place, name in enumerate([*POSITIONS, *ATTENTIONS])}
-        self.runs = sorted(runs, key=lambda run: (order[run["pos"]], order[run["attention"]], run["label"], run["seed"]))
-        self.groups = list(dict.fromkeys((run["pos"], run["label"]) for run in self.runs))
+        self.targets = [NANOGPT[runs[0]["preset"]]] if runs[0]["preset"] in NANOGPT else []
+        common = set.intersection(*(set(run["flags"]) for run in runs))
+        self.title = ", ".join([*title, *sorted(common)])
+        order, self.groups = [*POSITIONS, *ATTENTIONS], {}
+        for run in sorted(runs, key=lambda run: (order.index(run["pos"]), order.index(run["attention"]), run["flags"], run["seed"])):
+            label = " ".join([run["attention"], *(flag for flag in run["flags"] if flag not in common)])
+            self.groups.setdefault((run["pos"], label), {})[run["seed"]] = run
         self.positions, self.labels = (list(dict.fromkeys(names)) for names in zip(*self.groups))
         self.lengths = sorted({int(length) for run in runs for length in run["val_loss_by_length"]})
-        self.lengthened = [group for group in self.groups if any(self.of(*group, length) for length in self.lengths)]
+        self.lengthened = [group for group in self.groups if any(self.at_length(*group, length) for length in self.lengths)]
 
     def of(self, pos, label, name):
-        """One thing of a group's records, {seed: number or array}. A number as `name` is a length of context."""
-        group = {run["seed"]: run for run in self.runs if (run["pos"], run["label"]) == (pos, label)}
-        if isinstance(name, int):
-            return {seed: run["val_loss_by_length"][str(name)] for seed, run in group.items() if str(name) in run["val_loss_by_length"]}
-        return {seed: np.array(run[name]) for seed, run in group.items()}
+        """One thing of a group's runs, {seed: number or array}."""
+        return {seed: np.array(run[name]) for seed, run in self.groups.get((pos, label), {}).items()}
+
+    def at_length(self, pos, label, length):
+        """A group's validation losses in windows of so many tokens, {seed: number}, where they were measured."""
+        group = {seed: run["val_loss_by_length"] for seed, run in self.groups[pos, label].items()}
+        return {seed: by_length[str(length)] for seed, by_length in group.items() if str(length) in by_length}
+
+    def time_to(self, pos, label, target):
+        """Seconds of training until a group's validation loss was first at the target, {seed: number}, where it ever was."""
+        times = {seed: [time for _, loss, time in run["log"] if loss <= target] for seed, run in self.groups[pos, label].items()}
+        return {seed: reached[0] for seed, reached in times.items() if reached}
 
     def gap(self, pos, label, name="best_val_loss"):
         """The differences to QKV, {seed: number or array}; QKV with the same flags, but for those of the attention."""
@@ -884,20 +900,19 @@ class Sweep:
             "C4: qv_ka - qkv, training loss over the first fifth": lambda pos: self.gap(pos, "qv_ka", "early_loss"),
         }
         tables = [table(["claim, nats", *self.positions],
-                        [[name, *(mean_and_spread(claim(pos), "+.4f", 1) for pos in self.positions)] for name, claim in claims.items()])]
+                        [[name, *(plus_minus(claim(pos), "+.4f") for pos in self.positions)] for name, claim in claims.items()])]
         rows = []
-        for pos, label in self.groups:
-            of = {name: self.of(pos, label, name) for name in self.runs[0]}
-            first = next(run for run in self.runs if (run["pos"], run["label"]) == (pos, label))
-            rows.append([pos, label, len(of["seed"]), mean_and_spread(of["best_val_loss"], ".4f"), int(np.median(list(of["best_step"].values()))),
-                         mean_and_spread(of["final_val_loss"], ".4f"), mean_and_spread(self.gap(pos, label), "+.4f", 1),
-                         *(f"{first[name]:,}" for name in ("attention_parameters", "parameters", "cache_bytes_per_token")),
-                         f"{np.median(list(of['tokens_per_second'].values())):,.0f}"])
+        for (pos, label), group in self.groups.items():
+            loss, final = (standard_deviation(self.of(pos, label, name), ".4f") for name in ("best_val_loss", "final_val_loss"))
+            step, *sizes, speed = (f"{np.median([run[name] for run in group.values()]):,.0f}" for name in (
+                "best_step", "attention_parameters", "parameters", "cache_bytes_per_token", "tokens_per_second"))
+            rows.append([pos, label, len(group), loss, step, final, plus_minus(self.gap(pos, label), "+.4f"), *sizes, speed,
+                         *(standard_deviation(self.time_to(pos, label, target), ",.0f") for target in self.targets)])
         tables.append(table(["positions", "attention", "seeds", "best validation loss", "at step", "at the end", "gap to qkv", "parameters in attention",
-                             "in all", "cache, bytes/token", "training tokens/s"], rows))
+                             "in all", "cache, bytes/token", "training tokens/s", *(f"seconds to {target}" for target in self.targets)], rows))
         if self.lengthened:
             tables.append(table(["positions", "attention", *(f"{length} tokens" for length in self.lengths)],
-                                [[pos, label, *(mean_and_spread(self.of(pos, label, length), ".4f") for length in self.lengths)]
+                                [[pos, label, *(standard_deviation(self.at_length(pos, label, length), ".4f") for length in self.lengths)]
                                  for pos, label in self.lengthened]))
         return f"**{self.title}**\n\n" + "\n\n".join(tables) + "\n"
 
@@ -934,7 +949,7 @@ class Sweep:
         positions = list(dict.fromkeys(pos for pos, _ in self.lengthened))
         axes = dict(zip(positions, figure.subplots(1, len(positions), squeeze=False)[0]))
         for pos, label in self.lengthened:
-            by_length = {length: losses for length in self.lengths if (losses := self.of(pos, label, length))}
+            by_length = {length: losses for length in self.lengths if (losses := self.at_length(pos, label, length))}
             means, errors = zip(*map(mean_and_error, by_length.values()))
             deviations = [error * math.sqrt(len(losses)) for error, losses in zip(errors, by_length.values())]
             colour, marker, line = STYLES.get(label, OTHER)
@@ -967,13 +982,12 @@ def report(out):
         raise UserError(f"there is no finished run in {out}/; train some first: python train.py --attention=all --pos=all --seeds=5")
     sweeps = [Sweep([f"{preset} preset", dataset], list(group)) for (preset, dataset), group in itertools.groupby(runs, kind)]
     text = "\n".join(sweep.markdown() for sweep in sweeps)
-    lines = ",\n".join(json.dumps(run) for sweep in sweeps for run in sweep.runs)
+    lines = ",\n".join(json.dumps(run) for sweep in sweeps for group in sweep.groups.values() for run in group.values())
     write(path, lambda temporary: temporary.write_text(f"[\n{lines}\n]\n"))
     write(ASSETS / "results.md", lambda temporary: temporary.write_text(text))
     draw(ASSETS / "results.png", [sweep for sweep in sweeps if len(sweep.labels) > 1], Sweep.draw, 6.5)
     draw(ASSETS / "lengths.png", [sweep for sweep in sweeps if sweep.lengthened], Sweep.draw_lengths, 3.5)
-    print(f"\n{text}\nwritten to {ASSETS}/: {', '.join(sorted(path.name for path in ASSETS.glob('results.*')))}"
-          f"{' and lengths.png' if any(sweep.lengthened for sweep in sweeps) else ''}")
+    print(f"\n{text}\nwritten: results.json, results.md and pictures in {ASSETS}/")
 
 
 def draw(path, sweeps, method, height):
