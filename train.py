@@ -196,7 +196,7 @@ def choose_kernel(name, model, context):
         try:
             model.use_kernel(import_module("kernel"))
             with context:
-                model(torch.zeros(1, 2, dtype=torch.int64, device=model.wte.weight.device))
+                model(torch.zeros(1, min(2, model.config.block_size), dtype=torch.int64, device=model.wte.weight.device))
         except (ValueError, RuntimeError) as error:                                  # kernel.py says what it needs
             raise UserError(f"--kernel=triton cannot be used here: {reason(error)}; or take --kernel=torch") from None
     return "triton" if name == "triton" else "torch"
