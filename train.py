@@ -11,6 +11,7 @@
 A run is a folder: log.jsonl (one line an evaluation), loss.png, and the checkpoints last.pt and best.pt. Whatever is
 random in step i, its batch and its dropout, is a pure function of (seed, i). So a run that was stopped and resumed
 computes the same numbers as one that was not, and its batches do not depend on how many processes share them.
+That is told up to `train_one`; then follow many runs (`sweep`), and what they say (`report`).
 """
 
 import contextlib
@@ -65,7 +66,7 @@ class TrainConfig:
                          "(auto: gpu where there is CUDA, else cpu)", ("auto", *PRESETS))
     dataset: str | None = option(None, "a folder of data/ that prepare.py made (default: tiny Shakespeare by character, "
                                  "or pydoc where that cannot be downloaded)")
-    out: str | None = option(None, "the run's folder (default: a new one in out/)")
+    out: str | None = option(None, "the run's folder (default: a new one in out/); of a sweep, that of its runs' folders (default: out/sweep)")
     resume: bool = option(False, "go on with the run in --out, or with the newest, from its last.pt")
     seed: int = option(1337, "of weights, batches and dropout")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps ...")
@@ -103,8 +104,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """More runs than one, and what to do with them: --attention and --pos take lists with commas, or all. Such a sweep's runs
-    go to folders of their own in --out (out/sweep, where you do not say)."""
+    """More runs than one (--attention and --pos take lists with commas, or all, for a sweep), and what else to do with runs."""
 
     seeds: int | None = option(None, "repeat with so many seeds: --seed and the next ones; whatever the attention, the same seed "
                                "means the same batches")

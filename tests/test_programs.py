@@ -500,6 +500,16 @@ def test_a_report_of_known_numbers(folder, capsys):
     assert call("train", "--report", "--out=out") is None and json.loads(Path("assets/results.json").read_text()) == stored
 
 
+def test_the_readme_shows_what_the_stored_runs_say(tmp_path, monkeypatch):
+    """Its tables are the ones that --report makes of assets/results.json, here and now, word for word."""
+    shutil.copytree(ROOT / "assets", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
+    assert call("train", "--report") is None
+    for name in "results.md", "results.json":
+        assert Path("assets", name).read_text() == (ROOT / "assets" / name).read_text()
+    assert Path("assets/results.md").read_text() in (ROOT / "README.md").read_text()
+
+
 # sample.py ------------------------------------------------------------------------------------------------------------
 
 
