@@ -799,6 +799,7 @@ STYLES = {"qkv": ("k", "o", "-"), "gqa": ("#E69F00", "s", ":"), "mla": ("#009E73
           "qv_ka": ("#0072B2", "D", "-")}                                            # Okabe and Ito's colours, for all eyes
 OTHER = ("0.4", "x", "-")                                                            # an attention of your own
 NANOGPT = {"gpu": 1.4697}                                                            # its best validation loss with that preset
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}  # two-sided 95 % quantiles by number of seeds
 OF_ATTENTION = {"n_kv_head", "d_latent", "d_rope", "d_ctx", "shared_wk", "n_inner"}  # flags that QKV need not share to be compared
 
 
@@ -847,6 +848,15 @@ def plus_minus(by_seed, form, times=1.0):
         return ""
     mean, error = mean_and_error(by_seed)
     return f"{mean:{form}}" + (f" ± {error * times:{form.replace('+', '')}}" if len(by_seed) > 1 else "")
+
+
+def difference(by_seed):
+    """A difference's mean ± standard error, as text; bold where chance alone would seldom be so far from zero (Student's t, 95 %)."""
+    text = plus_minus(by_seed, "+.4f")
+    if len(by_seed) < 2:
+        return text
+    mean, error = mean_and_error(by_seed)
+    return f"**{text}**" if abs(mean) > STUDENT.get(len(by_seed), 2.26) * error else text
 
 
 def table(head, rows):
@@ -900,13 +910,13 @@ class Sweep:
             "C4: qv_ka - qkv, training loss over the first fifth": lambda pos: self.gap(pos, "qv_ka", "early_loss"),
         }
         tables = [table(["claim, nats", *self.positions],
-                        [[name, *(plus_minus(claim(pos), "+.4f") for pos in self.positions)] for name, claim in claims.items()])]
+                        [[name, *(difference(claim(pos)) for pos in self.positions)] for name, claim in claims.items()])]
         rows = []
         for (pos, label), group in self.groups.items():
             loss, final = (standard_deviation(self.of(pos, label, name), ".4f") for name in ("best_val_loss", "final_val_loss"))
             step, *sizes, speed = (f"{np.median([run[name] for run in group.values()]):,.0f}" for name in (
                 "best_step", "attention_parameters", "parameters", "cache_bytes_per_token", "tokens_per_second"))
-            rows.append([pos, label, len(group), loss, step, final, plus_minus(self.gap(pos, label), "+.4f"), *sizes, speed,
+            rows.append([pos, label, len(group), loss, step, final, difference(self.gap(pos, label)), *sizes, speed,
                          *(standard_deviation(self.time_to(pos, label, target), ",.0f") for target in self.targets)])
         tables.append(table(["positions", "attention", "seeds", "best validation loss", "at step", "at the end", "gap to qkv", "parameters in attention",
                              "in all", "cache, bytes/token", "training tokens/s", *(f"seconds to {target}" for target in self.targets)], rows))

@@ -457,7 +457,7 @@ def test_a_report_of_real_runs(folder, capsys):
     gaps, spread = losses["qv"] - losses["qkv"], f"{losses['qv'].mean():.4f} ± {losses['qv'].std(ddof=1):.4f}"
     parameters = 3 * 16 * 16 + 2                                                     # W_Q, W_V and the output; a decay for each head
     qkv, qv, _, qv_longer = tables
-    assert qv[:7] == ["agf", "qv", "2", spread, "20", spread, f"{gaps.mean():+.4f} ± {gaps.std(ddof=1) / 2**0.5:.4f}"]
+    assert [cell.strip("*") for cell in qv[:7]] == ["agf", "qv", "2", spread, "20", spread, f"{gaps.mean():+.4f} ± {gaps.std(ddof=1) / 2**0.5:.4f}"]
     assert qv[7:10] == [f"{parameters:,}", f"{parameters + 8 * 16 * 16 + 3 * 16 + len(set(TEXT)) * 16:,}", "64"]
     assert qkv[9] == "128" and float(qv[10].replace(",", "")) > 0
     longer = [json.loads(path.read_text())["32"] for path in sorted(Path("out/sweep").glob("*-qv-*/eval.json"))]
@@ -481,18 +481,20 @@ def test_a_report_of_known_numbers(folder, capsys):
                for (name, early), gap in zip((("qkv", 0.0), ("qv", 0.1), ("qv_ka", -0.05)), gaps) for seed in noise]
     records.append(made_up("qv", "agf", 4, 99.0, 99.0))
     records += [made_up("qkv", "rope", seed, loss, 1.0) for seed, loss in ((1, 1.48), (2, 1.46), (3, 1.36))]
+    records += [made_up("mla", "rope", seed, loss, 1.0) for seed, loss in ((1, 1.49), (2, 1.49), (3, 1.35))]
     Path("assets/results.json").write_text(json.dumps(records))
     assert call("train", "--report", "--out=out") is None                            # its run is of another preset
     text = Path("assets/results.md").read_text()
     for line in ("| claim, nats | learned | rope | agf |",
-                 "| C1: qv - qkv | +0.0800 ± 0.0000 |  | +0.0300 ± 0.0000 |",
-                 "| C2: (qv - qkv) - half of the same under learned |  |  | -0.0100 ± 0.0000 |",
-                 "| C3: qv_ka - qkv | +0.0400 ± 0.0000 |  | +0.0100 ± 0.0000 |",
-                 "| C3: qv_ka - qv | -0.0400 ± 0.0000 |  | -0.0200 ± 0.0000 |",
-                 "| C4: qv_ka - qkv, training loss over the first fifth | -0.0500 ± 0.0000 |  | -0.0500 ± 0.0000 |",
+                 "| C1: qv - qkv | **+0.0800 ± 0.0000** |  | **+0.0300 ± 0.0000** |",
+                 "| C2: (qv - qkv) - half of the same under learned |  |  | **-0.0100 ± 0.0000** |",
+                 "| C3: qv_ka - qkv | **+0.0400 ± 0.0000** |  | **+0.0100 ± 0.0000** |",
+                 "| C3: qv_ka - qv | **-0.0400 ± 0.0000** |  | **-0.0200 ± 0.0000** |",
+                 "| C4: qv_ka - qkv, training loss over the first fifth | **-0.0500 ± 0.0000** |  | **-0.0500 ± 0.0000** |",
                  "| learned | qkv | 3 | 2.2000 ± 0.3606 | 2 | 2.3000 ± 0.3606 | +0.0000 ± 0.0000 | 1 | 2 | 3 | 4 |  |",
                  "| rope | qkv | 3 | 1.4333 ± 0.0643 | 2 | 1.5333 ± 0.0643 | +0.0000 ± 0.0000 | 1 | 2 | 3 | 4 | 1 ± 0 |",
-                 "| agf | qv | 4 | 26.4225 ± 48.3859 | 2 | 26.5225 ± 48.3859 | +0.0300 ± 0.0000 | 1 | 2 | 3 | 4 |  |"):
+                 "| rope | mla | 3 | 1.4433 ± 0.0808 | 2 | 1.5433 ± 0.0808 | +0.0100 ± 0.0115 | 1 | 2 | 3 | 4 | 1 |",
+                 "| agf | qv | 4 | 26.4225 ± 48.3859 | 2 | 26.5225 ± 48.3859 | **+0.0300 ± 0.0000** | 1 | 2 | 3 | 4 |  |"):
         assert line in text, line
     assert "**gpu preset, some**" in text and "**cpu preset, tiny, batch_size=4, " in text
     stored = json.loads(Path("assets/results.json").read_text())
