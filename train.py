@@ -634,19 +634,6 @@ class Run:
             f"to sample from it: python sample.py --out={self.out}")
 
 
-@contextlib.contextmanager
-def explaining_memory():
-    """Says what to lower where the memory of the device or the machine does not suffice."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:                                     # the CPU's allocator raises the latter
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            raise UserError("memory ran out; lower --micro_batch_size (it changes nothing that is learned), or --n_embd, --n_layer "
-                            "or --block_size") from None
-        raise
-
-
-@explaining_memory()
 def train_one(given):
     """Trains one run, from its flags."""
     torch.set_float32_matmul_precision("high")                                       # TF32, where a GPU has it
@@ -755,7 +742,8 @@ def sweep(runs, workers):
                     print(f"{folder.name}: validation loss {logged(folder)[-1]['val_loss']:.4f}", flush=True)
                 elif status is not None:
                     failed.append(folder)
-                    print(f"{folder.name} failed: {(folder / 'output.txt').read_text(errors='replace').strip().splitlines()[-1:]}", flush=True)
+                    words = (folder / "output.txt").read_text(errors="replace").strip().splitlines()
+                    print(f"{folder.name} failed: {words[-1] if words else f'exit status {status}'}", flush=True)
             if (done := sum(map(steps_done, runs))) > progress.first:
                 progress(done, f"{sum(steps_done(folder) == steps[folder] for folder in runs)} of {len(runs)} runs finished")
     left = sum(steps_done(folder) < steps[folder] for folder in runs)
@@ -1013,8 +1001,22 @@ def draw(path, sweeps, method, height):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The program
 
 
+@contextlib.contextmanager
+def explaining_memory():
+    """Says what to lower where the memory of the device or the machine does not suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:                                     # the CPU's allocator raises the latter
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            raise UserError("memory ran out; lower --micro_batch_size (it changes nothing that is learned), or --n_embd, --n_layer "
+                            "or --block_size") from None
+        raise
+
+
+@explaining_memory()
 def main(argv=None):
     given = parse(argv)
     try:
