@@ -469,7 +469,7 @@ def made_up(attention, pos, seed, loss, early, preset="gpu"):
     """A run's record, as --report stores it."""
     return dict(preset=preset, dataset="some", attention=attention, pos=pos, flags=[], seed=seed, best_val_loss=loss, best_step=seed,
                 final_val_loss=loss + 0.1, early_steps=10, early_loss=early, early_curve=[early] * 5, val_loss_by_length={}, attention_parameters=1,
-                parameters=2, cache_bytes_per_token=3, tokens_per_second=4.0, log=[[5, loss, 1.0], [9, loss + 0.1, 2.0]])
+                parameters=2, cache_bytes_per_token=3, tokens_per_second=2 * seed, log=[[5, loss, 1.0], [9, loss + 0.1, 2.0]])
 
 
 def test_a_report_of_known_numbers(folder, capsys):
@@ -491,10 +491,10 @@ def test_a_report_of_known_numbers(folder, capsys):
                  "| C3: qv_ka - qkv | **+0.0400 ± 0.0000** |  | **+0.0100 ± 0.0000** |",
                  "| C3: qv_ka - qv | **-0.0400 ± 0.0000** |  | **-0.0200 ± 0.0000** |",
                  "| C4: qv_ka - qkv, training loss over the first fifth | **-0.0500 ± 0.0000** |  | **-0.0500 ± 0.0000** |",
-                 "| learned | qkv | 3 | 2.2000 ± 0.3606 | 2 | 2.3000 ± 0.3606 | +0.0000 ± 0.0000 | 1 | 2 | 3 | 4 |  |",
-                 "| rope | qkv | 3 | 1.4333 ± 0.0643 | 2 | 1.5333 ± 0.0643 | +0.0000 ± 0.0000 | 1 | 2 | 3 | 4 | 1 ± 0 |",
-                 "| rope | mla | 3 | 1.4433 ± 0.0808 | 2 | 1.5433 ± 0.0808 | +0.0100 ± 0.0115 | 1 | 2 | 3 | 4 | 1 |",
-                 "| agf | qv | 4 | 26.4225 ± 48.3859 | 2 | 26.5225 ± 48.3859 | **+0.0300 ± 0.0000** | 1 | 2 | 3 | 4 |  |"):
+                 "| learned | qkv | 3 | 2.2000 ± 0.3606 | 2 | 2.3000 ± 0.3606 | +0.0000 ± 0.0000 | 1 | 2 | 3 | 6 |  |",
+                 "| rope | qkv | 3 | 1.4333 ± 0.0643 | 2 | 1.5333 ± 0.0643 | +0.0000 ± 0.0000 | 1 | 2 | 3 | 6 | 1 ± 0 |",
+                 "| rope | mla | 3 | 1.4433 ± 0.0808 | 2 | 1.5433 ± 0.0808 | +0.0100 ± 0.0115 | 1 | 2 | 3 | 6 | 1 |",
+                 "| agf | qv | 4 | 26.4225 ± 48.3859 | 2 | 26.5225 ± 48.3859 | **+0.0300 ± 0.0000** | 1 | 2 | 3 | 8 |  |"):
         assert line in text, line
     assert "**gpu preset, some**" in text and "**cpu preset, tiny, batch_size=4, " in text
     stored = json.loads(Path("assets/results.json").read_text())
