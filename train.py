@@ -20,6 +20,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -118,6 +119,8 @@ class Task:
         for name in "seeds", "workers", "eval_block_size":
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.report and self.eval_only:
+            raise ValueError("report and --eval_only are two tasks; give one")
         if self.eval_block_size and not self.eval_only:
             raise ValueError(f"eval_block_size={self.eval_block_size} is for --eval_only; to train with it, take --block_size")
 
@@ -141,7 +144,7 @@ def parse(argv=None):
             kind = next(iter(get_args(field.type)), field.type)                      # int | None -> int
             help = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
             if field.name in LISTS:
-                group.add_argument(f"--{field.name}", help=help, metavar="{%s}" % ",".join([*LISTS[field.name], "all"]))
+                group.add_argument(f"--{field.name}", help=help, metavar=",".join(LISTS[field.name]) + " or all")
             elif kind is bool:
                 group.add_argument(f"--{field.name}", action=BooleanOptionalAction, help=help)
             else:
@@ -193,10 +196,13 @@ def choose_kernel(name, model, context):
     """Has the model attend by kernel.py if it is asked for by name, and tries it; returns torch or triton. No GPU has measured
     yet where the kernel is faster, so auto is torch."""
     if name == "triton":
+        kernel, device = import_module("kernel"), model.wte.weight.device
+        if device.type != "cuda" and not kernel.INTERPRETED:
+            raise UserError(f"--kernel=triton needs a CUDA GPU, and this is {device}; take --kernel=torch")
         try:
-            model.use_kernel(import_module("kernel"))
+            model.use_kernel(kernel)
             with context:
-                model(torch.zeros(1, min(2, model.config.block_size), dtype=torch.int64, device=model.wte.weight.device))
+                model(torch.zeros(1, min(2, model.config.block_size), dtype=torch.int64, device=device))
         except (ValueError, RuntimeError) as error:                                  # kernel.py says what it needs
             raise UserError(f"--kernel=triton cannot be used here: {reason(error)}; or take --kernel=torch") from None
     return "triton" if name == "triton" else "torch"
@@ -381,7 +387,10 @@ def check_same_data(checkpoint, meta, out):
 def read_json(path, default):
     """What a JSON file holds, or the default where there is none."""
     try:
-        return json.loads(path.read_text()) if path.exists() else default
+        value = json.loads(path.read_text()) if path.exists() else default
+        if type(value) is not type(default):
+            raise ValueError(f"a {type(value).__name__}, not a {type(default).__name__}")
+        return value
     except ValueError as error:
         raise UserError(f"{path} is damaged ({reason(error)}); remove it, and it will be made anew") from None
 
@@ -522,25 +531,33 @@ class Run:
         if resumed is not None:
             self.optimizer.load_state_dict(resumed[0]["optimizer"])
         self.parallel = accelerate(self.model, self.train, self.processes)
+        if resumed is None:
+            self.claim_folder()
+        self.write_log()                                                             # fail now, if writing fails, not in an hour
         self.lap = self.step, time.time()
 
     def begin(self, config, meta):
         """A new model, and nothing that has happened."""
-        if self.out is None:
-            name = f"{self.train.dataset}-{config.attention}-{config.pos}"
-            self.out = new_folder(name) if self.processes.rank == 0 else OUT / name
-        elif any(self.out.glob("*.pt")):
-            raise UserError(f"{self.out} holds a run already; go on with it by --resume, or choose another --out")
         self.tokenizer, self.data_sha256 = meta["tokenizer"], meta["sha256"]
         self.step, self.seconds, self.best_val_loss, self.losses, self.log = 0, 0.0, math.inf, [], []
         vocab_size = prepare.tokenizer_size(self.tokenizer)
         if vocab_size > 1000:
             vocab_size = -(-vocab_size // 64) * 64                                   # GPUs multiply round numbers faster
         torch.manual_seed(self.train.seed)
-        model = GPT(replace(config, vocab_size=vocab_size))
-        if self.processes.rank == 0:                                                 # fail now, if writing fails, not in an hour
-            write(self.out / "log.jsonl", lambda temporary: temporary.write_text(""))
-        return model
+        return GPT(replace(config, vocab_size=vocab_size))
+
+    def claim_folder(self):
+        """The folder of a new run: one of its own."""
+        if self.out is None:
+            name = f"{self.train.dataset}-{self.config.attention}-{self.config.pos}"
+            self.out = new_folder(name) if self.processes.rank == 0 else OUT / name
+        elif any(self.out.glob("*.pt")):
+            raise UserError(f"{self.out} holds a run already; go on with it by --resume, or choose another --out")
+
+    def write_log(self):
+        if self.processes.rank == 0:
+            lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
+            write(self.out / "log.jsonl", lambda temporary: temporary.write_text(lines))
 
     def go_on(self, checkpoint, model, meta):
         """The checkpoint's model, and all that had happened when it was written."""
@@ -548,6 +565,7 @@ class Run:
             setattr(self, name, checkpoint[name])
         check_same_data(checkpoint, meta, self.out)
         if self.step >= self.train.max_steps:
+            self.write_log()                                                         # in case it was stopped just before
             raise UserError(f"{self.out} is at step {self.step} of {self.train.max_steps} already; to train on, raise --max_steps")
         return model
 
@@ -601,9 +619,7 @@ class Run:
         self.save("last.pt")
         if best:
             self.save("best.pt")
-        if self.processes.rank == 0:
-            lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
-            write(self.out / "log.jsonl", lambda temporary: temporary.write_text(lines))
+        self.write_log()
         self.processes.print(f"step {self.step:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f}"
                              f"{' (the best so far)' if best else ''}, {clock(self.seconds)}")
         self.lap = self.step, time.time()
@@ -668,7 +684,7 @@ def train_one(given):
 def spread(given, seeds):
     """The flags of every run that lists of attentions and positions, and a number of seeds, ask for. What is compared comes
     one after the other, so that it runs side by side."""
-    attentions, positions = ([*known] if given.get(name) == "all" else given.get(name, getattr(GPTConfig, name)).split(",")
+    attentions, positions = ([*known] if given.get(name) == "all" else re.split(r"\s*,\s*", given.get(name, getattr(GPTConfig, name)))
                              for name, known in LISTS.items())
     first = given.get("seed", TrainConfig.seed)
     return [{**given, "attention": attention, "pos": pos, "seed": seed}
@@ -692,11 +708,15 @@ def folder_of(given, out):
 def logged(folder):
     """A run's log: a dict for each evaluation."""
     path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    try:
+        return [entry for line in path.read_text().splitlines() if (entry := json.loads(line))["step"]] if path.exists() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({reason(error)}); remove it, and it is made anew from the checkpoint beside it") from None
 
 
 def steps_done(folder):
-    return logged(folder)[-1]["step"] if logged(folder) else 0
+    log = logged(folder)
+    return log[-1]["step"] if log else 0
 
 
 def train_apart(given, folder, threads, interrupt):
@@ -738,7 +758,7 @@ def sweep(runs, workers):
             for job in ended:
                 folder, status = jobs[job], job.result()
                 progress.clear()
-                if status == 0:
+                if steps_done(folder) >= steps[folder]:
                     print(f"{folder.name}: validation loss {logged(folder)[-1]['val_loss']:.4f}", flush=True)
                 elif status is not None:
                     failed.append(folder)
@@ -748,15 +768,15 @@ def sweep(runs, workers):
                 progress(done, f"{sum(steps_done(folder) == steps[folder] for folder in runs)} of {len(runs)} runs finished")
     left = sum(steps_done(folder) < steps[folder] for folder in runs)
     if interrupt.asked:
-        sys.exit(f"stopped, and saved; {left} of {len(runs)} runs are to be finished: start the same command again")
+        sys.exit(f"stopped; {left} of {len(runs)} runs are to be finished: start the same command again")
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed; read {failed[0] / 'output.txt'}, mend it, and start the same command again")
 
 
 @torch.no_grad()
-def eval_only(folder, given, block_size):
-    """Validates a run's best.pt in windows of block_size tokens, on its own data set; prints the loss and adds it to the run's
-    eval.json, {block_size: loss}. Raises UserError where the positions end before block_size."""
+def eval_only(folder, device, block_size):
+    """Validates a run's best.pt in windows of block_size tokens, otherwise as in its training; prints the loss and adds it to
+    the run's eval.json, {block_size: loss}. Raises UserError where the positions, or the data, end before block_size."""
     checkpoint, model = load_checkpoint(folder / "best.pt")
     config, stored = model.config, TrainConfig(**checkpoint["train_config"])
     block_size = block_size or config.block_size
@@ -767,11 +787,13 @@ def eval_only(folder, given, block_size):
         longer = GPT(replace(config, block_size=block_size))
         longer.load_state_dict(model.state_dict())
         model = longer
-    processes = Processes(given.get("device", "auto"))
+    processes = Processes(device)
     _, meta, splits = find_data(stored.dataset, processes.print)
     check_same_data(checkpoint, meta, folder)
-    context = autocast(processes.device, choose_dtype(given.get("dtype", stored.dtype), processes.device))
-    loss = evaluate(model.to(processes.device), splits["val"], block_size, given.get("eval_tokens", stored.eval_tokens), processes, context)
+    if block_size >= len(splits["val"]):
+        raise UserError(f"--eval_block_size={block_size} is more than the {len(splits['val']) - 1} tokens to predict; take a smaller one")
+    context = autocast(processes.device, choose_dtype(stored.dtype, processes.device))
+    loss = evaluate(model.to(processes.device), splits["val"], block_size, stored.eval_tokens, processes, context)
     path = folder / "eval.json"
     losses = {**read_json(path, {}), str(block_size): loss}
     write(path, lambda temporary: temporary.write_text(json.dumps(losses)))
@@ -888,14 +910,18 @@ class Sweep:
         return minus(self.of(pos, label, name), self.of(pos, " ".join(rival), name))
 
     def markdown(self):
-        """The claims C1 to C4, every group, and the losses at other lengths of context, as tables."""
+        """The claims C1 to C4 and what they leave out, every group, and the losses at other lengths of context, as tables."""
         claims = {
             "C1: qv - qkv": lambda pos: self.gap(pos, "qv"),
             "C2: (qv - qkv) - half of the same under learned":
                 lambda pos: minus(self.gap(pos, "qv"), self.gap("learned", "qv"), 0.5) if pos != "learned" else {},
             "C3: qv_ka - qkv": lambda pos: self.gap(pos, "qv_ka"),
             "C3: qv_ka - qv": lambda pos: minus(self.gap(pos, "qv_ka"), self.gap(pos, "qv")),
+            "C3: (qv_ka - qkv) - half of (qv - qkv)": lambda pos: minus(self.gap(pos, "qv_ka"), self.gap(pos, "qv"), 0.5),
             "C4: qv_ka - qkv, training loss over the first fifth": lambda pos: self.gap(pos, "qv_ka", "early_loss"),
+            "qv - gqa, which remembers as little": lambda pos: minus(self.gap(pos, "qv"), self.gap(pos, "gqa")),
+            "qkv - qkv under rope":
+                lambda pos: minus(*(self.of(p, "qkv", "best_val_loss") for p in (pos, "rope"))) if pos != "rope" else {},
         }
         tables = [table(["claim, nats", *self.positions],
                         [[name, *(difference(claim(pos)) for pos in self.positions)] for name, claim in claims.items()])]
@@ -961,24 +987,31 @@ class Sweep:
 
 
 def report(out):
-    """Gathers the finished runs in `out`. results.json keeps what it had of other presets and data sets, so that the sweeps of
-    several machines come together; the tables and pictures are made from it alone."""
+    """Gathers the finished runs in `out` into results.json, beside those that it has already, from wherever they came (a run
+    replaces its like); the tables and pictures are made from it alone."""
     folders, path = sorted(path.parent for path in out.glob("*/last.pt")), ASSETS / "results.json"
-    progress, runs = Progress(len(folders)), []
+
+    def identity(run):
+        return run["preset"], run["dataset"], run["pos"], run["attention"], *run["flags"], run["seed"]
+
+    runs = {identity(run): run for run in read_json(path, [])}
+    stored, progress, found = len(runs), Progress(len(folders)), 0
     for done, folder in enumerate(folders, 1):
-        runs.append(record(folder))
+        try:
+            if run := record(folder):
+                runs[identity(run)], found = run, found + 1
+        except UserError as error:
+            print(f"left out: {error}")
         progress(done, f"read {done} of {len(folders)} runs")
     progress.clear()
-    finished = [run for run in runs if run is not None]
-    print(f"{out}/ has {len(finished)} finished runs, and {len(runs) - len(finished)} others")
+    if not runs:
+        raise UserError(f"there is no finished run in {out}/; train some first: python train.py --attention=all --pos=all --seeds=5")
+    print(f"{len(runs)} runs: {found} finished ones in {out}/, and {len(runs) - found} others of the {stored} that {path} had")
 
     def kind(run):
         return run["preset"], run["dataset"]
 
-    stored = read_json(path, [])
-    runs = sorted(finished + [run for run in stored if kind(run) not in set(map(kind, finished))], key=kind)
-    if not runs:
-        raise UserError(f"there is no finished run in {out}/; train some first: python train.py --attention=all --pos=all --seeds=5")
+    runs = sorted(runs.values(), key=kind)
     sweeps = [Sweep([f"{preset} preset", dataset], list(group)) for (preset, dataset), group in itertools.groupby(runs, kind)]
     text = "\n".join(sweep.markdown() for sweep in sweeps)
     lines = ",\n".join(json.dumps(run) for sweep in sweeps for group in sweep.groups.values() for run in group.values())
@@ -1013,7 +1046,7 @@ def explaining_memory():
     except (MemoryError, RuntimeError) as error:                                     # the CPU's allocator raises the latter
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
             raise UserError("memory ran out; lower --micro_batch_size (it changes nothing that is learned), or --n_embd, --n_layer "
-                            "or --block_size") from None
+                            "or --block_size; in validation, --eval_block_size") from None
         raise
 
 
@@ -1027,6 +1060,8 @@ def main(argv=None):
     many = task.seeds is not None or any(given.get(name) == "all" or "," in given.get(name, "") for name in LISTS)
     if task.report:
         return report(Path(given.get("out", SWEEP)))
+    if task.workers and not many:
+        raise UserError(f"--workers={task.workers} is for a sweep; give --seeds too, or lists of --attention or --pos")
     if many:
         if given.get("resume") or "WORLD_SIZE" in os.environ:
             raise UserError("--resume and torchrun are for one run; a sweep goes on when the same command is started again, and takes --workers")
@@ -1035,12 +1070,12 @@ def main(argv=None):
     if not task.eval_only:
         return sweep(runs, task.workers) if many else train_one(given)
     if not many:
-        if fixed := given.keys() - {"out", "device", "dtype", "eval_tokens"}:
+        if fixed := given.keys() - {"out", "device"}:
             raise UserError(f"--eval_only takes a run as it is, so leave --{min(fixed)} out; or name a sweep's runs by giving --seeds too")
         runs = [Path(given["out"]) if "out" in given else newest_run()]
     progress = Progress(len(runs))
     for done, folder in enumerate(runs, 1):
-        eval_only(folder, given, task.eval_block_size)
+        eval_only(folder, given.get("device", "auto"), task.eval_block_size)
         progress(done, f"validated {done} of {len(runs)} runs")
 
 
