@@ -983,7 +983,7 @@ class Sweep:
             axis.set_xscale("log", base=2)
             axis.set(title=f"{pos} positions", xlabel="tokens in a window", xticks=self.lengths, xticklabels=self.lengths, ylabel="validation loss")
             axis.grid(alpha=0.3)
-            axis.legend(fontsize="small")
+        axes[positions[0]].legend(fontsize="small")
 
 
 def report(out):
