@@ -228,7 +228,8 @@ class QV(Attention):
         decay = None if self.decay is None else self.decay.log_a.exp()               # (H,)
         if q.size(1) > 1 or torch.is_grad_enabled():
             return self.kernel.qv_attention(q, v, q_ctx, ctx, decay)                 # (B, T, H, D)
-        return self.kernel.qv_decode(q, v, q_ctx, ctx, decay, torch.full_like(q[:, 0, 0, 0], v.size(1), dtype=torch.int32))
+        lengths = q.new_full(q.shape[:1], v.size(1), dtype=torch.int32)              # (B,): all remember S tokens
+        return self.kernel.qv_decode(q, v, q_ctx, ctx, decay, lengths)               # (B, 1, H, D)
 
 
 class QVKa(QV):

@@ -153,6 +153,15 @@ def parse(argv=None):
     return vars(parser.parse_args(argv))
 
 
+@contextlib.contextmanager
+def naming_flags():
+    """What a configuration refuses, "field=value rule", becomes a sentence about the flag of that name."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+
+
 def preset_of(given):
     """The preset that is meant, which is not auto."""
     if given.get("preset", "auto") != "auto":
@@ -195,17 +204,18 @@ def choose_dtype(name, device):
 def choose_kernel(name, model, context):
     """Has the model attend by kernel.py if it is asked for by name, and tries it; returns torch or triton. No GPU has measured
     yet where the kernel is faster, so auto is torch."""
-    if name == "triton":
-        kernel, device = import_module("kernel"), model.wte.weight.device
-        if device.type != "cuda" and not kernel.INTERPRETED:
-            raise UserError(f"--kernel=triton needs a CUDA GPU, and this is {device}; take --kernel=torch")
-        try:
-            model.use_kernel(kernel)
-            with context:
-                model(torch.zeros(1, min(2, model.config.block_size), dtype=torch.int64, device=device))
-        except (ValueError, RuntimeError) as error:                                  # kernel.py says what it needs
-            raise UserError(f"--kernel=triton cannot be used here: {reason(error)}; or take --kernel=torch") from None
-    return "triton" if name == "triton" else "torch"
+    if name != "triton":
+        return "torch"
+    kernel, device = import_module("kernel"), model.wte.weight.device
+    if device.type != "cuda" and not kernel.INTERPRETED:
+        raise UserError(f"--kernel=triton needs a CUDA GPU, and this is {device}; take --kernel=torch")
+    try:
+        model.use_kernel(kernel)
+        with context:
+            model(torch.zeros(1, min(2, model.config.block_size), dtype=torch.int64, device=device))
+    except (ValueError, RuntimeError) as error:                                      # kernel.py says what it needs
+        raise UserError(f"--kernel=triton cannot be used here: {reason(error)}; or take --kernel=torch") from None
+    return "triton"
 
 
 def autocast(device, dtype):
@@ -491,24 +501,22 @@ MAY_CHANGE = {"out", "resume", "device", "dtype", "kernel", "compile", "micro_ba
               "weight_decay", "grad_clip", "eval_interval", "eval_tokens"}
 
 
+@naming_flags()
 def configure(given):
     """The configurations and folder of a run, and, if it is to be resumed, its (checkpoint, model): (train, config, out,
     resumed). Of a new run, what depends on the data set is still to come, and resumed is None."""
-    try:
-        if not given.get("resume"):
-            train, config = resolve(given)
-            return train, config, train.out and Path(train.out), None
-        out = Path(given["out"]) if "out" in given else newest_run()
-        checkpoint, model = load_checkpoint(out / "last.pt")
-        stored = {**checkpoint["train_config"], **checkpoint["model_config"]}
-        for name in given.keys() - MAY_CHANGE:
-            if given[name] != stored[name]:
-                raise UserError(f"--{name}={given[name]} cannot change a run in the middle: {out} has {name}={stored[name]}; leave "
-                                "the flag out, or start a new run")
-        values = {**stored, **given}
-        return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig) if f.name in values}), model.config, out, (checkpoint, model)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
+    if not given.get("resume"):
+        train, config = resolve(given)
+        return train, config, train.out and Path(train.out), None
+    out = Path(given["out"]) if "out" in given else newest_run()
+    checkpoint, model = load_checkpoint(out / "last.pt")
+    stored = {**checkpoint["train_config"], **checkpoint["model_config"]}
+    for name in given.keys() - MAY_CHANGE:
+        if given[name] != stored[name]:
+            raise UserError(f"--{name}={given[name]} cannot change a run in the middle: {out} has {name}={stored[name]}; leave "
+                            "the flag out, or start a new run")
+    values = {**stored, **given}
+    return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig) if f.name in values}), model.config, out, (checkpoint, model)
 
 
 class Run:
@@ -695,12 +703,10 @@ def spread(given, seeds):
 UNNAMED = {"preset", "dataset", "attention", "pos", "seed", "out", "resume", "device", "kernel", "compile", "micro_batch_size"}
 
 
+@naming_flags()
 def folder_of(given, out):
     """The folder of a sweep's run. Its name is what the run was asked to be."""
-    try:
-        train, config = resolve(given)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
+    train, config = resolve(given)
     rest = (f"{name}={given[name]}" for name in sorted(given.keys() - UNNAMED))
     return out / "-".join([train.preset, train.dataset, config.attention, config.pos, *rest, f"seed={train.seed}"])
 
@@ -771,6 +777,7 @@ def sweep(runs, workers):
         sys.exit(f"stopped; {left} of {len(runs)} runs are to be finished: start the same command again")
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed; read {failed[0] / 'output.txt'}, mend it, and start the same command again")
+    print(f"all {len(runs)} runs are finished; what they say: python train.py --report --out={next(iter(runs)).parent}")
 
 
 @torch.no_grad()
@@ -882,8 +889,8 @@ class Sweep:
         self.targets = [NANOGPT[runs[0]["preset"]]] if runs[0]["preset"] in NANOGPT else []
         common = set.intersection(*(set(run["flags"]) for run in runs))
         self.title = ", ".join([*title, *sorted(common)])
-        order, self.groups = [*POSITIONS, *ATTENTIONS], {}
-        for run in sorted(runs, key=lambda run: (order.index(run["pos"]), order.index(run["attention"]), run["flags"], run["seed"])):
+        place, self.groups = {name: i for i, name in enumerate([*POSITIONS, *ATTENTIONS])}, {}
+        for run in sorted(runs, key=lambda run: (place[run["pos"]], place.get(run["attention"], 99), run["flags"], run["seed"])):
             label = " ".join([run["attention"], *(flag for flag in run["flags"] if flag not in common)])
             self.groups.setdefault((run["pos"], label), {})[run["seed"]] = run
         self.positions, self.labels = (list(dict.fromkeys(names)) for names in zip(*self.groups))
@@ -900,7 +907,7 @@ class Sweep:
         return {seed: by_length[str(length)] for seed, by_length in group.items() if str(length) in by_length}
 
     def time_to(self, pos, label, target):
-        """Seconds of training until a group's validation loss was first at the target, {seed: number}, where it ever was."""
+        """Seconds from the start until a group's validation loss was first at the target, {seed: number}, where it ever was."""
         times = {seed: [time for _, loss, time in run["log"] if loss <= target] for seed, run in self.groups[pos, label].items()}
         return {seed: reached[0] for seed, reached in times.items() if reached}
 
@@ -944,11 +951,11 @@ class Sweep:
     def draw(self, figure):
         """Above, the paired gaps to QKV; below, how they develop in the first fifth of training. A column for each kind of
         positions; bars and bands are standard errors, faint dots the seeds."""
-        labels = [label for label in self.labels if not label.startswith("qkv")]
+        labels = [label for label in self.labels if label.split()[0] != "qkv"]
         axes = figure.subplots(2, len(self.positions), sharex="row", sharey="row", squeeze=False, height_ratios=(len(labels) / 8 + 0.5, 1))
         for pos, above, below in zip(self.positions, *axes):
             for row, label in enumerate(labels):
-                gap, plain = self.gap(pos, label), label in STYLES
+                gap, plain = self.gap(pos, label), " " not in label
                 colour, marker, line = STYLES.get(label.split()[0], OTHER)
                 if gap:
                     mean, error = mean_and_error(gap)
@@ -1053,18 +1060,18 @@ def explaining_memory():
 @explaining_memory()
 def main(argv=None):
     given = parse(argv)
-    try:
+    with naming_flags():
         task = Task(**{field.name: given.pop(field.name) for field in fields(Task) if field.name in given})
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
     many = task.seeds is not None or any(given.get(name) == "all" or "," in given.get(name, "") for name in LISTS)
+    if "WORLD_SIZE" in os.environ and (many or task.report or task.eval_only):
+        raise UserError("torchrun is for training one run; start this with python, and a sweep with --workers")
     if task.report:
         return report(Path(given.get("out", SWEEP)))
     if task.workers and not many:
         raise UserError(f"--workers={task.workers} is for a sweep; give --seeds too, or lists of --attention or --pos")
     if many:
-        if given.get("resume") or "WORLD_SIZE" in os.environ:
-            raise UserError("--resume and torchrun are for one run; a sweep goes on when the same command is started again, and takes --workers")
+        if given.get("resume"):
+            raise UserError("--resume is for one run; a sweep goes on when the same command is started again")
         dataset, out = find_data(given.get("dataset"), print)[0], Path(given.pop("out", SWEEP))
         runs = {folder_of(run, out): run for run in spread({**given, "dataset": dataset, "preset": preset_of(given)}, task.seeds)}
     if not task.eval_only:

@@ -263,11 +263,20 @@ def test_the_model_learns_the_same_by_either(attention, pos):
 @pytest.mark.parametrize("attention,pos", USES)
 def test_the_model_generates_the_same_by_either(attention, pos):
     """A prompt of several tokens, decoding from the buffers of the model's cache as they lie, and a context that runs full."""
-    plain, fused = models(attention, pos)
+    plain, fused = (model.eval() for model in models(attention, pos))
     prompt = torch.randint(65, (2, 30), device=DEVICE)
     with mock.patch.object(kernel, "qv_decode", wraps=qv_decode) as used:
-        texts = [torch.cat([*model.eval().generate(prompt, 16, temperature=0)], 1) for model in (plain, fused)]
+        texts = [torch.cat([*model.generate(prompt, 16, temperature=0)], 1) for model in (plain, fused)]
     assert used.call_count > 2 * 10 and torch.equal(*texts)
+    v = used.call_args.args[1]
+    assert v.size(1) < 40 and v.stride(0) == 40 * 32, "the cache's own buffer of 40 tokens, not a copy of a part"
+    logits = []
+    for model in plain, fused:
+        cache = model.new_cache()
+        with torch.no_grad():
+            logits.append([model(idx, cache=cache)[0] for idx in (prompt[:, :20], prompt[:, 20:29], prompt[:, 29:])])
+    for theirs, ours in zip(*logits):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 @runs
