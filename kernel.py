@@ -249,6 +249,7 @@ def token_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_v, d_ctx
     ctx_tile = load(ctx, b, 0, j0, S, N, E)                                          # (N, E)
     d_v_tile = tl.zeros([N, D], tl.float32)
     d_ctx_tile = tl.zeros([N, E], tl.float32) if E > 0 else 0.0
+    per_score = scale * 0.6931471805599453                                           # scale ln 2 = 1 / sqrt(D)
     first = tl.maximum(j0 - (S - T), 0) // M * M                                # the first queries that see any of them
     full = tl.minimum(tl.cdiv(tl.maximum(j0 + N - 1 - (S - T), 0), M), tl.cdiv(T, M)) * M              # ... all of them
     for FULL in tl.static_range(2):
@@ -261,8 +262,7 @@ def token_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_v, d_ctx
             p = tl.exp2(s * scale - tl.trans(load(lse, b, h, t0, T, M, 1)))
             d_v_tile = dot(p, d_out_tile, d_v_tile)                                  # as a value ...
             d_p = dot(v_tile, tl.trans(d_out_tile), None)
-            ds = p * (d_p - tl.trans(load(delta, b, h, t0, T, M, 1)))
-            ds = (ds * (scale * 0.6931471805599453)).to(q_tile.dtype)                # scale ln 2 = 1 / sqrt(D)
+            ds = p * (d_p * per_score - tl.trans(load(delta, b, h, t0, T, M, 1)) * per_score)
             d_v_tile = dot(ds, q_tile, d_v_tile)                                     # ... and as a key, in the same sum
             if E > 0:
                 d_ctx_tile = dot(ds, q_ctx_tile, d_ctx_tile)
@@ -351,7 +351,7 @@ def launch(kernel, grid, *args, **constants):
         hopper = first.is_cuda and torch.cuda.get_device_capability(first.device)[0] >= 9
         constants |= tiles(kernel.fn.__name__, first.dtype, constants["D"], constants["E"], hopper)
     with torch.cuda.device_of(first):
-        kernel[grid](*args, **constants)
+        kernel[grid](*args, **constants, enable_fp_fusion=True)                      # x y + z as one rounded operation
 
 
 def strided(*tensors):

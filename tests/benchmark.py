@@ -59,7 +59,7 @@ def compiled(arch, function, *args, **constants):
     thread, bytes of shared memory, and the number of wgmma instructions (Hopper's tensor cores) in the PTX."""
     if "E" in constants:
         constants |= kernel.tiles(function.__name__, args[0][0].dtype, constants["D"], constants["E"], arch >= 90)
-    binary = function.warmup(*args, **constants, grid=(1,))
+    binary = function.warmup(*args, **constants, enable_fp_fusion=True, grid=(1,))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(binary.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
