@@ -321,12 +321,12 @@ def draw(training, decoding, path):
     labels = dict(fused="fused (kernel.py)", sdpa="SDPA", flex="flex_attention", qkv="QKV by SDPA")
     for axis, decayed in zip(axes, (False, True)):
         for name, label in labels.items():
-            points = [(T, 3.5 * flop(T) / x[1] / 1e9) for (T, E, d, n), x in training.items() if (E, d, n) == (0, decayed, name) and x]
-            axis.plot(*zip(*points), "o-", label=label) if points else None
+            points = {T: 3.5 * flop(T) / x[1] / 1e9 for (T, E, d, n), x in training.items() if (E, d, n) == (0, decayed, name) and x}
+            axis.plot([*points], [*points.values()], "o-", label=label)
         axis.set(title=f"QV {'with' if decayed else 'without'} decay, forward + backward", xlabel="T", ylabel="TFLOP/s")
     for B in BATCHES:
-        points = [(S, x[1]) for (b, S), x in decoding.items() if b == B and x[1]]
-        axes[2].plot(*zip(*points), "o-", label=f"batch {B}") if points else None
+        points = {S: x[1] for (b, S), x in decoding.items() if b == B and x[1]}
+        axes[2].plot([*points], [*points.values()], "o-", label=f"batch {B}")
     axes[2].axhline(2, color="gray", linewidth=0.8, label="half the bytes")
     axes[2].set(title="Decoding: QV against the fastest QKV", xlabel="context", ylabel="times as fast")
     for axis in axes:

@@ -104,6 +104,13 @@ def interpret():
 
 
 @pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """On a GPU float32 stays float32, whatever train.py asks for."""
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+
+
+@pytest.fixture(autouse=True)
 def fresh(request):
     """Other random numbers for each test, the same in each run."""
     torch.manual_seed(sum(map(ord, request.node.name)))
