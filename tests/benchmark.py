@@ -329,9 +329,9 @@ def draw(training, decoding, path):
         axes[2].plot([*points], [*points.values()], "o-", label=f"batch {B}")
     axes[2].axhline(2, color="gray", linewidth=0.8, label="half the bytes")
     axes[2].set(title="Decoding: QV against the fastest QKV", xlabel="context", ylabel="times as fast")
-    for axis in axes:
+    for axis, sizes in zip(axes, (LENGTHS, LENGTHS, CONTEXTS)):
+        axis.set(xlim=(sizes[0] / 1.3, sizes[-1] * 1.3), ylim=0)
         axis.set_xscale("log", base=2)
-        axis.set_ylim(0)
         axis.legend()
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -349,7 +349,8 @@ def benchmark(seconds, path):
     for E in WIDTHS[1:]:
         training |= bench_training(measuring, E)
     print_goals(training, decoding)
-    draw(training, decoding, path)
+    if any(training.values()):                                                       # else an older picture stays
+        draw(training, decoding, path)
 
 
 def main(flags=None):
