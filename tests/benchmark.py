@@ -322,7 +322,8 @@ def draw(training, decoding, path):
     for axis, decayed in zip(axes, (False, True)):
         for name, label in labels.items():
             points = {T: 3.5 * flop(T) / x[1] / 1e9 for (T, E, d, n), x in training.items() if (E, d, n) == (0, decayed, name) and x}
-            axis.plot([*points], [*points.values()], "o-", label=label)
+            if points:
+                axis.plot([*points], [*points.values()], "o-", label=label)
         axis.set(title=f"QV {'with' if decayed else 'without'} decay, forward + backward", xlabel="T", ylabel="TFLOP/s")
     for B in BATCHES:
         points = {S: x[1] for (b, S), x in decoding.items() if b == B and x[1]}
