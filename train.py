@@ -130,6 +130,7 @@ class Task:
 
 
 LISTS = {"attention": ATTENTIONS, "pos": POSITIONS}                                  # flags that take several names, for sweeps
+ONLY = {field.name: field.metadata["only"] for field in fields(GPTConfig) if field.metadata["only"]}     # flags for one attention
 
 
 def parse(argv=None):
@@ -151,6 +152,19 @@ def parse(argv=None):
                 group.add_argument(f"--{field.name}", type=kind, choices=field.metadata["choices"], help=help,
                                    metavar=None if field.metadata["choices"] else kind.__name__.upper())
     return vars(parser.parse_args(argv))
+
+
+def listed(given, name):
+    """The names that a flag lists."""
+    return [*LISTS[name]] if given.get(name) == "all" else re.split(r"\s*,\s*", given.get(name, getattr(GPTConfig, name)))
+
+
+def check_use(given):
+    """Refuses a flag for an attention that is not asked for."""
+    for name in given.keys() & ONLY.keys():
+        if ONLY[name] not in listed(given, "attention"):
+            raise UserError(f"--{name}={given[name]} is for --attention={ONLY[name]}; with "
+                            f"--attention={given.get('attention', GPTConfig.attention)}, leave it out")
 
 
 @contextlib.contextmanager
@@ -301,11 +315,14 @@ def evaluate(model, data, block_size, eval_tokens, processes, context):
     chunks = [(starts[i : i + rows], block_size) for i in range(0, len(starts), rows)]
     if predicted % block_size:                                                       # the rest, a shorter window
         chunks.append((np.array([predicted - predicted % block_size]), predicted % block_size))
-    total = 0.0
-    for where, length in chunks[processes.rank :: processes.world]:
-        x, y = windows(data, where, length, processes.device)
+    total, progress = 0.0, Progress(len(chunks))
+    for i in range(processes.rank, len(chunks), processes.world):
+        x, y = windows(data, *chunks[i], processes.device)
         with context:
             total += model(x, y)[1].item() * y.numel()
+        if processes.rank == 0:
+            progress(i + 1, f"validating: {i + 1:,} of {len(chunks):,} batches")
+    progress.clear()
     model.train()
     return processes.sum(total)[0] / predicted
 
@@ -690,13 +707,12 @@ def train_one(given):
 
 
 def spread(given, seeds):
-    """The flags of every run that lists of attentions and positions, and a number of seeds, ask for. What is compared comes
-    one after the other, so that it runs side by side."""
-    attentions, positions = ([*known] if given.get(name) == "all" else re.split(r"\s*,\s*", given.get(name, getattr(GPTConfig, name)))
-                             for name, known in LISTS.items())
+    """The flags of every run that lists of attentions and positions, and a number of seeds, ask for, each without what is
+    only for another attention. What is compared comes one after the other, so that it runs side by side."""
     first = given.get("seed", TrainConfig.seed)
-    return [{**given, "attention": attention, "pos": pos, "seed": seed}
-            for seed in range(first, first + (seeds or 1)) for pos in positions for attention in attentions]
+    runs = [{**given, "attention": attention, "pos": pos, "seed": seed} for seed in range(first, first + (seeds or 1))
+            for pos in listed(given, "pos") for attention in listed(given, "attention")]
+    return [{name: x for name, x in run.items() if ONLY.get(name, run["attention"]) == run["attention"]} for run in runs]
 
 
 # What does not change what is learned, or has its own place in a run's name.
@@ -1067,6 +1083,8 @@ def main(argv=None):
         raise UserError("torchrun is for training one run; start this with python, and a sweep with --workers")
     if task.report:
         return report(Path(given.get("out", SWEEP)))
+    if not given.get("resume"):                                                      # a run knows its attention
+        check_use(given)
     if task.workers and not many:
         raise UserError(f"--workers={task.workers} is for a sweep; give --seeds too, or lists of --attention or --pos")
     if many:

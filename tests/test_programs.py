@@ -1,5 +1,6 @@
 """prepare.py, train.py and sample.py as their users run them, and as they misuse them."""
 
+import contextlib
 import hashlib
 import http.server
 import itertools
@@ -322,6 +323,14 @@ def test_validation_covers_every_token_once(folder, count, eval_tokens, predicte
     assert math.isclose(measured, sum(losses) / predicted, rel_tol=1e-5)
 
 
+def test_validation_says_how_far_it_is(folder, monkeypatch):
+    shown = []
+    monkeypatch.setattr(train.Progress, "__call__", lambda self, done, text: shown.append((done, self.total, text)))
+    model, alone = train.load_checkpoint(Path("out/run/last.pt"))[1], train.Processes("cpu")
+    train.evaluate(model, np.zeros(20_000, np.uint16), 16, None, alone, contextlib.nullcontext())
+    assert shown[0] == (1, 4, "validating: 1 of 4 batches") and len(shown) == 4      # 8,192 tokens at a time, and the rest
+
+
 def test_batches_are_a_function_of_seed_and_step():
     data, one, two = np.arange(1000, dtype=np.uint16), train.TrainConfig(batch_size=8), train.TrainConfig(batch_size=8, seed=2)
     alone = type("Processes", (), dict(rank=0, world=1, device="cpu"))
@@ -400,6 +409,11 @@ def test_a_sweep_is_stopped_and_goes_on(folder, capsys):
     capsys.readouterr()
     assert call("train", *flags, "--attention=qkv,qv") is None
     assert capsys.readouterr().out.startswith("2 runs, 2 of them finished")
+
+
+def test_a_sweep_gives_a_flag_for_one_attention_to_that_one():
+    runs = train.spread({"attention": "qkv,qv_ka", "d_ctx": 8, "n_layer": 1}, 2)
+    assert [run.get("d_ctx") for run in runs] == [None, 8, None, 8] and all(run["n_layer"] == 1 for run in runs)
 
 
 def test_a_sweep_goes_on_where_a_log_was_lost(folder):
@@ -632,7 +646,9 @@ MISUSE = [
     ("train", [*NEW, "--n_layer=two"], None, "argument --n_layer: invalid int value: 'two'"),
     ("train", [*NEW, "--n_layer=0"], None, "--n_layer=0 must be at least 1"),
     ("train", [*NEW, "--n_head=3"], None, "--n_embd=16 must be a multiple of n_head=3, for example 18"),
-    ("train", [*NEW, "--n_kv_head=5"], None, "--n_kv_head=5 must divide n_head=2"),
+    ("train", [*NEW, "--attention=gqa", "--n_kv_head=5"], None, "--n_kv_head=5 must divide n_head=2"),
+    ("train", [*NEW, "--n_kv_head=1"], None, "--n_kv_head=1 is for --attention=gqa; with --attention=qv_ka, leave it out"),
+    ("train", [*NEW, "--attention=qkv,qv", "--d_ctx=8"], None, "--d_ctx=8 is for --attention=qv_ka; with --attention=qkv,qv, leave it out"),
     ("train", [*NEW, "--dropout=1.5"], None, "--dropout=1.5 must lie in [0, 1)"),
     ("train", [*NEW, "--pos=rope", "--n_embd=18"], None, "--n_embd=18 gives heads of odd width 9"),
     ("train", [*NEW, "--max_steps=0"], None, "--max_steps=0 must be at least 1"),
