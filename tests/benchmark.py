@@ -26,18 +26,13 @@ sys.path.insert(0, str(ROOT))
 
 import kernel  # noqa: E402
 from kernel import qv_attention, qv_decode, triton  # noqa: E402
+from prepare import Progress, reason  # noqa: E402
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 H, D, TOKENS = 12, 64, 16384                                 # training: heads, their width, tokens in each batch
 LENGTHS, WIDTHS = (256, 1024, 4096, 16384), (0, 64, 128)     # ... T and d_ctx
 DECODE_H, DECODE_E = 32, 128                                 # decoding: heads, d_ctx of QV-Ka
 BATCHES, CONTEXTS = (1, 8, 64), (1024, 4096, 16384, 65536)
-
-
-def say(progress):
-    """A line that the next one overwrites, for people only."""
-    if sys.stderr.isatty():
-        print(f"{progress:60}", end="\r", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,18 +81,19 @@ def compile_report(arch, D, E, decay, dtype=DTYPE):
 
 
 def print_compile_report():
-    form = "{arch:>4} {D:>4} {d_ctx:>5} {decay:>5}  {kernel:21} {tile:>8} {warps:>5} {stages:>6} {registers:>9} {spilled:>7} {shared:>6} {wgmma:>5}"
+    form = "{:>4} {:>4} {:>5} {:>5}  {:21} {:>8} {:>5} {:>6} {:>9} {:>7} {:>6} {:>5}"
     cases = list(product((80, 90), (64, 128), ((0, False), (0, True), (64, True), (128, True))))
     print(f"{str(DTYPE).removeprefix('torch.')}; registers and spilled bytes of a thread, bytes of shared memory\n")
-    begin = time.monotonic()
-    for i, (arch, D, (E, decay)) in enumerate(cases):
+    progress = Progress(len(cases))
+    for done, (arch, D, (E, decay)) in enumerate(cases, 1):
         rows = compile_report(arch, D, E, decay)
-        if i == 0:
-            print(form.format_map({name: name for name in rows[0]}))
+        progress.clear()
+        if done == 1:
+            print(form.format(*rows[0]))
         for row in rows:
-            print(form.format_map(row), flush=True)
-        left = (time.monotonic() - begin) / (i + 1) * (len(cases) - i - 1)
-        say(f"{i + 1} of {len(cases)} cases, about {left:.0f} s left")
+            print(form.format(*row.values()), flush=True)
+        progress(done, f"compiled {done} of {len(cases)} shapes")
+    progress.clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,20 +127,20 @@ class Measuring:
     """Measures one thing after the other until the time is up, and says how far it is."""
 
     def __init__(self, total, seconds):
-        self.total, self.seconds, self.begin, self.done = total, seconds, time.monotonic(), 0
+        self.progress, self.until, self.done = Progress(total), time.monotonic() + seconds, 0
 
     def __call__(self, name, measure):
         """measure(), or None and one line that says why not: rivals may lack memory or support."""
         self.done += 1
-        elapsed = time.monotonic() - self.begin
-        if elapsed > self.seconds:
+        if time.monotonic() > self.until:
             return None
+        self.progress(self.done, f"measured {self.done} of {self.progress.total}")
         try:
             return measure()
         except Exception as error:                                                   # whatever a rival can think of
-            print(f"    {name}: {type(error).__name__}: {' '.join(str(error).split())[:90]}", flush=True)
+            print(f"    {name}: {type(error).__name__}: {reason(error)[:90]}", flush=True)
         finally:
-            say(f"{self.done} of {self.total} measured, {elapsed:.0f} s of at most {self.seconds:.0f} s")
+            self.progress.clear()
             if DEVICE == "cuda":
                 torch.cuda.empty_cache()
 
