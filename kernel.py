@@ -87,7 +87,7 @@ def rows(x, b, h, start, R: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr):
     row, column = tl.arange(0, R)[:, None], tl.arange(0, HEADS * W)[None, :]
     x += b * x_b + h * x_h + tl.cast(start, tl.int64) * x_row                  # may pass 2^31, offsets in a tile do not
     if HEADS > 1:
-        column = column // W * x_h + column % W
+        column = column // W * tl.cast(x_h, tl.int64) + column % W
     return x + row * x_row + column, start + row
 
 
@@ -516,8 +516,9 @@ def check(letters, **inputs):
         types = {"q": DTYPES, "decay": DTYPES, "lengths": (torch.int32, torch.int64)}.get(name, (first.dtype,))
         require(x.dtype in types, f"{name}.dtype", x.dtype, f"should be {' or '.join(map(str, types))}")
         require(x.stride(-1) == 1 or x.size(-1) == 1, f"{name}.stride()", x.stride(), "should end in 1")
-        require(max([0, *(step for step, n in zip(x.stride()[1:], x.shape[1:]) if n > 1)]) < 2**24, f"{name}.stride()",
-                x.stride(), "should be below 2**24 within a sequence")
+        rows = "H" if "1" in letters[name] else "TS"                                 # offsets in a tile are 32 bits
+        steps = [step for letter, n, step in zip(letters[name], x.shape, x.stride()) if letter in rows and n > 1]
+        require(max(steps, default=0) < 2**24, f"{name}.stride()", x.stride(), f"should be below 2**24 along {' and '.join(rows)}")
         require(x.is_cuda or INTERPRETED, f"{name}.device", x.device, "should be a CUDA device; to run the kernels on "
                 "the CPU, slowly, set TRITON_INTERPRET=1 before triton is first imported")
         require(x.device == first.device, f"{name}.device", x.device, f"should be {first.device} as q's")

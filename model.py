@@ -267,7 +267,7 @@ class QVKa(QV):
 
     def fold(self, q, ctx):
         """W_K q: q_v (B, T, H, D), which asks for values, and q_ctx (B, T, H, E), which asks for contexts."""
-        folded = (q.transpose(1, 2) @ self.w_k.mT).transpose(1, 2)                   # (B, T, H, E + D)
+        folded = torch.einsum("bthd,hcd->bthc", q, self.w_k)                         # (B, T, H, E + D)
         q_ctx, q_v = folded.split(self.widths, dim=-1)
         return q_v, self.rotate(q_ctx, ctx.size(1) - q.size(1))
 

@@ -179,7 +179,7 @@ def contestants(T, E, decayed):
         return torch.einsum("bse,hed->bshd", ctx, w_k[:, :E]) + torch.einsum("bshc,hcd->bshd", v, w_k[:, E:])
 
     def fused():
-        q_ctx, q_v = (q.transpose(1, 2) @ w_k.mT).transpose(1, 2).split([E, D], dim=-1) if E else (None, q)
+        q_ctx, q_v = torch.einsum("bthd,hcd->bthc", q, w_k).split([E, D], dim=-1) if E else (None, q)
         return qv_attention(q_v, v, q_ctx, ctx, decay)
 
     def make_sdpa():

@@ -379,7 +379,7 @@ def change(name, function):
     (change("decay", lambda x: x[:2]), r"decay\.shape=\(2,\) should be \(H\) with H=3 as in q"),
     (change("q", lambda x: x.repeat_interleave(2, -1)[..., ::2]), r"q\.stride\(\)=.* should end in 1"),
     (change("ctx", lambda x: x.mT.contiguous().mT), r"ctx\.stride\(\)=.* should end in 1"),
-    (change("v", lambda x: torch.empty_strided(x.shape, (0, 2**24, 16, 1), device="meta")), r"v\.stride.* below 2"),
+    (change("v", lambda x: torch.empty_strided(x.shape, (0, 2**24, 16, 1), device="meta")), r"v\.stride.* below 2\*\*24 along T and S"),
     (change("ctx", lambda x: None), r"ctx=None should be a tensor; q_ctx and ctx go together"),
     (change("q_ctx", lambda x: None), r"q_ctx=None should be a tensor; q_ctx and ctx go together"),
     (change("v", lambda x: None), r"v=None should be a tensor"),
