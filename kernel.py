@@ -336,7 +336,7 @@ TILES = {   # by kernel and whether on Hopper, for D + E up to 64, up to 128 and
 
 
 def tiles(kernel, dtype, D, E, hopper):
-    """How a kernel is cut and compiled: by rule, so that no first call waits for a search; none spills at D = 64."""
+    """How a kernel is cut and compiled: by rule, so that no first call waits for a search. With 16 bits next to nothing spills."""
     if kernel == "decode_kernel":
         return dict(N=16 if dtype == torch.float32 else 64, num_warps=4, num_stages=3 if hopper else 2)
     if dtype == torch.float32:                          # exact float32 has no tensor cores, so its tiles take registers

@@ -327,9 +327,10 @@ class Cache:
 
 
 def option(default, help, choices=None, only=None):
-    """A configuration field that explains itself: the help text is both its comment and what --help prints. `only` names the
-    one attention that it is for; the others do not look at it."""
-    return field(default=default, metadata={"help": f"{only}: {help}" if only else help, "choices": choices, "only": only})
+    """A configuration field that explains itself: the help text is both its comment and what --help prints. `only` says with
+    which values of other fields this one counts."""
+    help = f"{' under '.join(only.values())}: {help}" if only else help
+    return field(default=default, metadata={"help": help, "choices": choices, "only": only or {}})
 
 
 @dataclass(frozen=True)
@@ -345,11 +346,11 @@ class GPTConfig:
     n_head: int = option(6, "attention heads in each block")
     n_embd: int = option(384, "width of the residual stream; the heads share it equally")
     dropout: float = option(0.0, "fraction of activations dropped in training")
-    n_kv_head: int | None = option(None, "key/value heads, 1 is MQA (default: half the heads, so as much cache as qv)", only="gqa")
-    d_latent: int | None = option(None, "width of the latent (default: 4 x head width, as in DeepSeek-V2)", only="mla")
-    d_rope: int | None = option(None, "under rope, width of the rotary key (default: half the head width, likewise)", only="mla")
-    d_ctx: int | None = option(None, "width of the context vector (default: 2 x head width)", only="qv_ka")
-    shared_wk: bool = option(False, "one W_K for all heads instead of one each", only="qv_ka")
+    n_kv_head: int | None = option(None, "key/value heads, 1 is MQA (default: half the heads, so as much cache as qv)", only=dict(attention="gqa"))
+    d_latent: int | None = option(None, "width of the latent (default: 4 x head width, as in DeepSeek-V2)", only=dict(attention="mla"))
+    d_rope: int | None = option(None, "width of the rotary key (default: half the head width, likewise)", only=dict(attention="mla", pos="rope"))
+    d_ctx: int | None = option(None, "width of the context vector (default: 2 x head width)", only=dict(attention="qv_ka"))
+    shared_wk: bool = option(False, "one W_K for all heads instead of one each", only=dict(attention="qv_ka"))
     n_inner: int | None = option(None, "width of the MLP (default: 4 x n_embd)")
 
     def __post_init__(self):

@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import urllib.request
@@ -210,7 +211,7 @@ def load(name):
     if not name or name != Path(name).name:
         raise UserError(f"--dataset={name} must be the name of a folder in {DATA}/, without a path")
     known = name in (*SOURCES, "openwebtext")
-    folder, again = DATA / name, f"run: python prepare.py {name if known else f'PATH/{Path(name).stem}.txt'}"
+    folder, again = DATA / name, f"run: python prepare.py {name if known else shlex.quote(f'PATH/{name}.txt')}"
     try:
         meta = json.loads((folder / "meta.json").read_text())
         meta["sha256"], meta["tokens"]["train"], meta["tokens"]["val"]               # a KeyError, if it has none
@@ -226,7 +227,8 @@ def load(name):
                 raise UserError(f"{path} is damaged: token {largest} is outside its vocabulary of {vocab_size}; {again}")
         return meta, splits
     except FileNotFoundError as error:
-        raise UserError(f"data set {name!r} is not prepared ({error.filename} is missing); {again}") from None
+        others = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
+        raise UserError(f"data set {name!r} is not prepared ({error.filename} is missing; prepared are: {others}); {again}") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{folder / 'meta.json'} is damaged ({reason(error)}); {again}") from None
 
@@ -328,8 +330,9 @@ def documents(source=None):
         for document in load_dataset(**options, split="train", streaming=True):
             yield document["text"]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{source or options['path']} cannot be read ({reason(error)}); it takes the network, or --source with "
-                        "a text file or a .parquet file that has a column 'text'") from None
+        advice = "give the path of" if source else "it takes the network, or --source with"
+        raise UserError(f"{source or options['path']} cannot be read ({reason(error)}); {advice} a text file, or a .parquet file "
+                        "that has a column 'text'") from None
 
 
 def prepare_openwebtext(limit=None, source=None):
@@ -359,9 +362,10 @@ def prepare_openwebtext(limit=None, source=None):
 
 
 def token_count(text):
-    if not 1 <= float(text) < 1e15:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1, for example 1e9")
-    return int(float(text))
+    with contextlib.suppress(ValueError):
+        if 1 <= float(text) < 1e15:
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{text} must be a number, at least 1, for example 1e9")
 
 
 def main(argv=None):
@@ -373,8 +377,12 @@ def main(argv=None):
                         "file (documents between empty lines) instead of the Hub")
     args = parser.parse_args(argv)
     path, named = Path(args.source), args.source in (*SOURCES, "openwebtext")
-    if args.tokenizer and named or (args.tokens or args.file) and args.source != "openwebtext":
-        parser.error("--tokenizer goes with the path of a text, --tokens and --source with openwebtext; leave out what does not")
+    if args.tokenizer and named:
+        parser.error(f"--tokenizer={args.tokenizer} is for a text of your own, and {args.source} has its tokenizer; leave it out"
+                     + (", or take the name shakespeare, by GPT-2's encoding" if args.source == "shakespeare_char" else ""))
+    for flag, value in ("tokens", args.tokens), ("source", args.file):
+        if value and args.source != "openwebtext":
+            parser.error(f"--{flag}={value} is for openwebtext, and this is {args.source}; leave it out")
     if args.source == "openwebtext":
         writer = prepare_openwebtext(args.tokens, args.file)
     elif named:
@@ -384,7 +392,7 @@ def main(argv=None):
     else:
         writer = prepare_text(path.stem, lambda: file_text(path), args.tokenizer or "char")
     print(f"{writer.folder}: {writer.tokens['train']:,} training and {writer.tokens['val']:,} validation tokens, vocabulary of "
-          f"{tokenizer_size(writer.meta['tokenizer']):,}\nto train on it: python train.py --dataset={writer.folder.name}")
+          f"{tokenizer_size(writer.meta['tokenizer']):,}\nto train on it: python train.py --dataset={shlex.quote(writer.folder.name)}")
 
 
 if __name__ == "__main__":

@@ -52,8 +52,14 @@ def parse(argv=None):
             parser.error(f"--{name}={value} must be at least {least} and below 2**63")
     if args.prompt is not None and args.prompt_file is not None:
         parser.error("--prompt and --prompt_file exclude each other; give one")
-    if args.benchmark and args.kernel == "triton":
-        parser.error("--benchmark compares the attentions in PyTorch; the kernel's own benchmark is python kernel.py")
+    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    if args.benchmark and (idle := changed - {"benchmark", "device", "dtype", "seed"}):
+        parser.error(f"--benchmark compares untrained models, written in PyTorch, so leave --{min(idle)} out; the kernel's own "
+                     "benchmark is python kernel.py")
+    if args.attention_map and (idle := changed & {"num_samples", "max_new_tokens", "temperature", "top_k", "seed", "cache"}):
+        parser.error(f"--attention_map draws the prompt and writes no text, so leave --{min(idle)} out")
+    if args.attention_map and args.attention_map.suffix != ".png":
+        parser.error(f"--attention_map={args.attention_map} must end in .png")
     return args
 
 

@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -130,7 +131,7 @@ class Task:
 
 
 LISTS = {"attention": ATTENTIONS, "pos": POSITIONS}                                  # flags that take several names, for sweeps
-ONLY = {field.name: field.metadata["only"] for field in fields(GPTConfig) if field.metadata["only"]}     # flags for one attention
+ONLY = {field.name: field.metadata["only"] for field in fields(GPTConfig)}          # {flag: what else it takes to count}
 
 
 def parse(argv=None):
@@ -155,16 +156,16 @@ def parse(argv=None):
 
 
 def listed(given, name):
-    """The names that a flag lists."""
-    return [*LISTS[name]] if given.get(name) == "all" else re.split(r"\s*,\s*", given.get(name, getattr(GPTConfig, name)))
+    """The names that a flag lists, each once."""
+    names = given.get(name, getattr(GPTConfig, name))
+    return [*LISTS[name]] if names == "all" else [*dict.fromkeys(re.split(r"\s*,\s*", names))]
 
 
 def check_use(given):
-    """Refuses a flag for an attention that is not asked for."""
-    for name in given.keys() & ONLY.keys():
-        if ONLY[name] not in listed(given, "attention"):
-            raise UserError(f"--{name}={given[name]} is for --attention={ONLY[name]}; with "
-                            f"--attention={given.get('attention', GPTConfig.attention)}, leave it out")
+    """Refuses a flag for an attention, or positions, that are not asked for."""
+    for name, (other, value) in ((name, item) for name in given for item in ONLY.get(name, {}).items()):
+        if value not in listed(given, other):
+            raise UserError(f"--{name}={given[name]} is for --{other}={value}; with --{other}={','.join(listed(given, other))}, leave it out")
 
 
 @contextlib.contextmanager
@@ -383,12 +384,13 @@ def load_checkpoint(path, device="cpu"):
             checkpoint[key]                                                          # a KeyError, if it has none
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}; train one first: python train.py --out={path.parent}") from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, zipfile.BadZipFile,
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"there is no checkpoint {path}; --out takes the folder of a run that has been trained, for example by python "
+                        f"train.py --out={path.parent}") from None
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile,
             pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a usable checkpoint, or a damaged one ({reason(error)}); try the other of last.pt "
-                        "and best.pt, or train again") from None
+        raise UserError(f"{path} is damaged, or its model is not one of this model.py ({type(error).__name__}: {reason(error)}); copy the "
+                        "other of last.pt and best.pt over it, or train again") from None
     return checkpoint, model.to(device)
 
 
@@ -651,8 +653,10 @@ class Run:
 
     def check_finite(self, *losses):
         if not all(map(math.isfinite, losses)):
-            raise UserError(f"the loss is {float(sum(losses))} at step {self.step:,}: training has diverged; the last good checkpoint, "
-                            f"if any, is intact; go on from it with a smaller rate: --resume --out={self.out} --learning_rate=...")
+            good = (self.out / "last.pt").exists()
+            raise UserError(f"the loss is {float(sum(losses))} at step {self.step:,}: training has diverged; "
+                            + (f"go on from the last checkpoint, which is intact, with a smaller rate: --resume --out={self.out} "
+                               if good else "begin again with a smaller rate: ") + f"--learning_rate={self.train.learning_rate / 3:.1g}")
 
     def save(self, name):
         """Writes a checkpoint, unless the weights are no numbers any more."""
@@ -672,7 +676,7 @@ class Run:
             f"validation loss: {self.log[-1]['val_loss']:.4f} at the end, {best['val_loss']:.4f} at best (step {best['step']:,}), over "
             f"{f'the first {eval_tokens:,} tokens' if eval_tokens and eval_tokens < len(self.splits['val']) else 'the whole split'}\n"
             f"checkpoints: {self.out / 'last.pt'} and {self.out / 'best.pt'}; curves: {self.out / 'loss.png'}\n"
-            f"to sample from it: python sample.py --out={self.out}")
+            f"to sample from it: python sample.py --out={shlex.quote(str(self.out))}")
 
 
 def train_one(given):
@@ -707,12 +711,12 @@ def train_one(given):
 
 
 def spread(given, seeds):
-    """The flags of every run that lists of attentions and positions, and a number of seeds, ask for, each without what is
-    only for another attention. What is compared comes one after the other, so that it runs side by side."""
+    """The flags of every run that lists of attentions and positions, and a number of seeds, ask for, each without the
+    flags that do not count in it. What is compared comes one after the other, so that it runs side by side."""
     first = given.get("seed", TrainConfig.seed)
     runs = [{**given, "attention": attention, "pos": pos, "seed": seed} for seed in range(first, first + (seeds or 1))
             for pos in listed(given, "pos") for attention in listed(given, "attention")]
-    return [{name: x for name, x in run.items() if ONLY.get(name, run["attention"]) == run["attention"]} for run in runs]
+    return [{name: x for name, x in run.items() if ONLY.get(name, {}).items() <= run.items()} for run in runs]
 
 
 # What does not change what is learned, or has its own place in a run's name.
@@ -800,6 +804,8 @@ def sweep(runs, workers):
 def eval_only(folder, device, block_size):
     """Validates a run's best.pt in windows of block_size tokens, otherwise as in its training; prints the loss and adds it to
     the run's eval.json, {block_size: loss}. Raises UserError where the positions, or the data, end before block_size."""
+    if not (folder / "best.pt").exists():
+        raise UserError(f"{folder} holds no best.pt; name a run by --out, or a sweep by all the flags that it was trained with")
     checkpoint, model = load_checkpoint(folder / "best.pt")
     config, stored = model.config, TrainConfig(**checkpoint["train_config"])
     block_size = block_size or config.block_size
@@ -1009,9 +1015,10 @@ class Sweep:
         axes[positions[0]].legend(fontsize="small")
 
 
-def report(out):
+def report(out, needed=False):
     """Gathers the finished runs in `out` into results.json, beside those that it has already, from wherever they came (a run
-    replaces its like); the tables and pictures are made from it alone."""
+    replaces its like); the tables and pictures are made from it alone. Raises UserError where there is none, `needed` even if
+    results.json has some."""
     folders, path = sorted(path.parent for path in out.glob("*/last.pt")), ASSETS / "results.json"
 
     def identity(run):
@@ -1027,8 +1034,8 @@ def report(out):
             print(f"left out: {error}")
         progress(done, f"read {done} of {len(folders)} runs")
     progress.clear()
-    if not runs:
-        raise UserError(f"there is no finished run in {out}/; train some first: python train.py --attention=all --pos=all --seeds=5")
+    if not runs or needed and not found:
+        raise UserError(f"there is no folder of a finished run in {out}/; train some first: python train.py --attention=all --pos=all --seeds=5")
     print(f"{len(runs)} runs: {found} finished ones in {out}/, and {len(runs) - found} others of the {stored} that {path} had")
 
     def kind(run):
@@ -1082,7 +1089,9 @@ def main(argv=None):
     if "WORLD_SIZE" in os.environ and (many or task.report or task.eval_only):
         raise UserError("torchrun is for training one run; start this with python, and a sweep with --workers")
     if task.report:
-        return report(Path(given.get("out", SWEEP)))
+        if idle := given.keys() - {"out"}:
+            raise UserError(f"--report takes every finished run of --out, so leave --{min(idle)} out")
+        return report(Path(given.get("out", SWEEP)), needed="out" in given)
     if not given.get("resume"):                                                      # a run knows its attention
         check_use(given)
     if task.workers and not many:

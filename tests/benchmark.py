@@ -6,7 +6,6 @@ Without one: registers, spills, shared memory and tensor-core instructions in wh
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import re
@@ -26,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import kernel  # noqa: E402
 from kernel import qv_attention, qv_decode, triton  # noqa: E402
-from prepare import Progress, reason  # noqa: E402
+from prepare import Parser, Progress, reason  # noqa: E402
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 H, D, TOKENS = 12, 64, 16384                                 # training: heads, their width, tokens in each batch
@@ -83,8 +82,11 @@ def compile_report(arch, D, E, decay, dtype=DTYPE):
 def print_compile_report():
     form = "{:>4} {:>4} {:>5} {:>5}  {:21} {:>8} {:>5} {:>6} {:>9} {:>7} {:>6} {:>5}"
     cases = list(product((80, 90), (64, 128), ((0, False), (0, True), (64, True), (128, True))))
-    print(f"{str(DTYPE).removeprefix('torch.')}; registers and spilled bytes of a thread, bytes of shared memory\n")
-    progress = Progress(len(cases))
+    print(f"""{str(DTYPE).removeprefix('torch.')}; arch 80: A100, 90: H100 and H200; D: head width; d_ctx: 0 is QV, else QV-Ka; tile: queries x tokens;
+registers and spilled bytes of a thread; bytes of shared memory; wgmma: instructions for Hopper's tensor cores (decoding
+takes mma, and so few heads at once that a row of their values is 256 wide, whatever D)
+""")
+    progress, spilling = Progress(len(cases)), []
     for done, (arch, D, (E, decay)) in enumerate(cases, 1):
         rows = compile_report(arch, D, E, decay)
         progress.clear()
@@ -92,8 +94,10 @@ def print_compile_report():
             print(form.format(*rows[0]))
         for row in rows:
             print(form.format(*row.values()), flush=True)
+        spilling += [row for row in rows if row["spilled"]]
         progress(done, f"compiled {done} of {len(cases)} shapes")
     progress.clear()
+    print(f"\n{len(spilling) or 'none'} of them spill registers")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,7 +355,7 @@ def benchmark(seconds, path):
 
 
 def main(flags=None):
-    parser = argparse.ArgumentParser(prog="kernel.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="kernel.py")
     parser.add_argument("--compile_report", action="store_true", help="what the compiler makes of the kernels, also where there is a GPU")
     parser.add_argument("--seconds", type=float, default=480, help="after so long nothing new is measured (default: 480)")
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "kernel.png", help="the picture (default: assets/kernel.png)")
@@ -364,4 +368,8 @@ def main(flags=None):
         sys.exit("TRITON_INTERPRET=1 leaves nothing to compile; unset it.")
     print_compile_report()
     if not torch.cuda.is_available():
-        print("\nThis is what the compiler made. The benchmark needs a CUDA GPU, and there is none here.")
+        print("The benchmark needs a CUDA GPU, and there is none here.")
+
+
+if __name__ == "__main__":
+    main()
