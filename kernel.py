@@ -22,7 +22,8 @@ Everything here is deterministic: each number is summed by one program in a fixe
 
 Letters: B batch, T queries (the last T of the S tokens), S remembered tokens, H heads, D head width, E width of the
 context (0: none); M x N, a tile of scores: M queries by N tokens. Exponents are in base 2, where exp is an instruction.
-Scores in the code are s_ij sqrt(D), exponents are that times `scale` = log2(e) / sqrt(D), and a_h is divided by scale.
+Scores in the code are s_ij sqrt(D), exponents are that times `scale` = log2(e) / sqrt(D); there the decay's slope is
+a_h / scale for each log2(1 + i - j).
 
     python kernel.py      tests/benchmark.py: time, memory and assets/kernel.png; without a GPU, what the compiler made
 """
@@ -85,20 +86,21 @@ def rows(x, b, h, start, R: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr):
     """Pointers to rows start .. start + R of HEADS heads side by side, (R, HEADS W), and the rows' numbers, (R, 1)."""
     x, x_b, x_row, x_h = x
     row, column = tl.arange(0, R)[:, None], tl.arange(0, HEADS * W)[None, :]
-    x += b * x_b + h * x_h + tl.cast(start, tl.int64) * x_row                  # may pass 2^31, offsets in a tile do not
+    x += b * x_b + h * x_h + tl.cast(start, tl.int64) * x_row                # 64 bits; in a tile, 32 do: see `check`
     if HEADS > 1:
         column = column // W * tl.cast(x_h, tl.int64) + column % W
     return x + row * x_row + column, start + row
 
 
 @jit
-def load(x, b, h, start, stop, R: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr = True, HEADS: tl.constexpr = 1):
-    """A tile, (R, HEADS W); at a tensor's EDGE, rows from `stop` on are zero."""
+def load(x, b, h, start, stop, R: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr = True, HEADS: tl.constexpr = 1,
+         BEYOND: tl.constexpr = 0.0):
+    """A tile, (R, HEADS W); at a tensor's EDGE, rows from `stop` on are BEYOND."""
     if W == 0:
         return 0.0
     else:
         at, row = rows(x, b, h, start, R, W, HEADS)
-        return tl.load(at, mask=row < stop, other=0.0) if EDGE else tl.load(at)
+        return tl.load(at, mask=row < stop, other=BEYOND) if EDGE else tl.load(at)
 
 
 @jit
@@ -153,8 +155,8 @@ def positions(start, N: tl.constexpr):
 def attend(acc, top, total, q, q_ctx, i, slope, v, ctx, b, h, j0, stop, scale, D: tl.constexpr, E: tl.constexpr,
            DECAY: tl.constexpr, N: tl.constexpr, DIAGONAL: tl.constexpr, HEADS: tl.constexpr = 1):
     """Adds N tokens to a running softmax: acc (M, D), and its highest score and sum of exponentials so far, (M, 1)."""
-    v_tile = load(v, b, h, j0, stop, N, D, DIAGONAL, HEADS)                          # (N, D), the only load of V
-    ctx_tile = load(ctx, b, 0, j0, stop, N, E, DIAGONAL)                             # (N, E)
+    v_tile = load(v, b, h, j0, stop, N, D, EDGE=DIAGONAL, HEADS=HEADS)               # (N, D), the only load of V
+    ctx_tile = load(ctx, b, 0, j0, stop, N, E, EDGE=DIAGONAL)                        # (N, E)
     distance = i - positions(j0, N)[None, :]
     s, _ = score(q, v_tile, q_ctx, ctx_tile, distance, slope, E, DECAY, DIAGONAL)    # (M, N)
     new_top = tl.maximum(top, tl.max(s, 1, keep_dims=True))
@@ -165,7 +167,8 @@ def attend(acc, top, total, q, q_ctx, i, slope, v, ctx, b, h, j0, stop, scale, D
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Forward: one program per head and M queries, which walks over the tokens that they see: full tiles, then the diagonal.
+# Forward: one program per head and M queries, which walks over the tokens that they see. Each loop body is compiled
+# twice: for the tiles that all of the queries see, without masks, and for those on the diagonal.
 
 
 @jit
@@ -217,8 +220,8 @@ def query_backward_kernel(q, v, q_ctx, ctx, decay, out, lse, d_out, delta, d_q, 
     full, end = seen(t0, T, S, M, N)
     for DIAGONAL in tl.static_range(2):
         for j0 in range(full if DIAGONAL else 0, end if DIAGONAL else full, N):
-            v_tile = load(v, b, h, j0, S, N, D, DIAGONAL)                            # (N, D)
-            ctx_tile = load(ctx, b, 0, j0, S, N, E, DIAGONAL)                        # (N, E)
+            v_tile = load(v, b, h, j0, S, N, D, EDGE=DIAGONAL)                       # (N, D)
+            ctx_tile = load(ctx, b, 0, j0, S, N, E, EDGE=DIAGONAL)                   # (N, E)
             distance = i - positions(j0, N)[None, :]
             s, log_r = score(q_tile, v_tile, q_ctx_tile, ctx_tile, distance, slope, E, DECAY, DIAGONAL)    # (M, N)
             p = tl.exp2(s * scale - lse_tile)
@@ -240,7 +243,7 @@ def query_backward_kernel(q, v, q_ctx, ctx, decay, out, lse, d_out, delta, d_q, 
 def token_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_v, d_ctx, T, S, H, scale, D: tl.constexpr,
                           E: tl.constexpr, DECAY: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Scores lie on their side here, (N, M), so that p and ds come out of one product as the next one needs them.
-    Queries from T on have q = dO = 0, so they add nothing."""
+    Queries from T on have q = dO = 0, so they add nothing: p, of any a_h > 0, is at most 1."""
     b, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     j0 = tl.program_id(1) * N
     j = positions(j0, N)[:, None]
@@ -250,15 +253,15 @@ def token_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_v, d_ctx
     d_v_tile = tl.zeros([N, D], tl.float32)
     d_ctx_tile = tl.zeros([N, E], tl.float32) if E > 0 else 0.0
     per_score = scale * 0.6931471805599453                                           # scale ln 2 = 1 / sqrt(D)
-    first = tl.maximum(j0 - (S - T), 0) // M * M                                # the first queries that see any of them
-    full = tl.minimum(tl.cdiv(tl.maximum(j0 + N - 1 - (S - T), 0), M), tl.cdiv(T, M)) * M              # ... all of them
-    for FULL in tl.static_range(2):
-        for t0 in range(full if FULL else first, T if FULL else full, M):
+    first = tl.maximum(j0 - (S - T), 0) // M * M                                # here is the first query that sees any;
+    full = tl.minimum(tl.cdiv(tl.maximum(j0 + N - 1 - (S - T), 0), M), tl.cdiv(T, M)) * M   # from here they see all N
+    for DIAGONAL in tl.static_range(1, -1, -1):
+        for t0 in range(first if DIAGONAL else full, full if DIAGONAL else T, M):
             q_tile = load(q, b, h, t0, T, M, D)                                      # (M, D)
             q_ctx_tile = load(q_ctx, b, h, t0, T, M, E)                              # (M, E)
             d_out_tile = load(d_out, b, h, t0, T, M, D)                              # (M, D)
             distance = positions(S - T + t0, M)[None, :] - j
-            s, _ = score(v_tile, q_tile, ctx_tile, q_ctx_tile, distance, slope, E, DECAY, not FULL)        # (N, M)
+            s, _ = score(v_tile, q_tile, ctx_tile, q_ctx_tile, distance, slope, E, DECAY, DIAGONAL)        # (N, M)
             p = tl.exp2(s * scale - tl.trans(load(lse, b, h, t0, T, M, 1)))
             d_v_tile = dot(p, d_out_tile, d_v_tile)                                  # as a value ...
             d_p = dot(v_tile, tl.trans(d_out_tile), None)
@@ -280,7 +283,9 @@ def token_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_v, d_ctx
 #     [ 0  q_2   0  ]  x  [v_2]  =  [q_2 . v_2]         each v_h a column of D numbers,
 #     [ 0   0   q_3 ]     [v_3]     [q_3 . v_3]
 #
-# and of P V, which mixes every head's values by every head's weights, the diagonal blocks are what was asked for.
+# and of P V, which mixes every head's values by every head's weights, the diagonal blocks are what was asked for. (A
+# value that is infinite makes its neighbours' zeros NaN.) Where a tile has a row per head, heads stand for rows: q_ctx
+# and lse come with those two axes swapped.
 
 
 @jit
@@ -295,7 +300,7 @@ def decode_kernel(q, v, q_ctx, ctx, decay, lengths, out, lse, S, H, scale,
 
     row = tl.arange(0, 16)[:, None]                                    # a row per head, and 16 is the least for tl.dot
     diagonal = row == tl.arange(0, HEADS * D)[None, :] // D                          # (16, HEADS D)
-    q_row = load(q, b, h, 0, 1, 1, D, True, HEADS)                                   # (1, HEADS D)
+    q_row = load(q, b, h, 0, 1, 1, D, HEADS=HEADS)                                   # (1, HEADS D)
     q_tile = tl.where(diagonal, q_row, 0.0).to(q_row.dtype)                          # (16, HEADS D)
     q_ctx_tile = load(q_ctx, b, 0, h, h + HEADS, 16, E)                              # (16, E)
     slope = tl.load(decay + h + row, mask=row < HEADS, other=0.0).to(tl.float32) / scale if DECAY else 0.0
@@ -307,7 +312,7 @@ def decode_kernel(q, v, q_ctx, ctx, decay, lengths, out, lse, S, H, scale,
                                  j0, stop, scale, D, E, DECAY, N, True, HEADS)
     acc /= tl.where(total > 0, total, 1.0)                                        # an empty part is zeros with weight 0
     mine = tl.sum(tl.where(diagonal, acc, 0.0), 0, keep_dims=True)                   # (1, HEADS D)
-    store(out, mine, b, h, split, n_split, 1, D, HEADS)
+    store(out, mine, b, h, split, n_split, 1, D, HEADS=HEADS)
     store(lse, top * scale + tl.log2(total), b, split, h, h + HEADS, 16, 1)
 
 
@@ -315,8 +320,7 @@ def decode_kernel(q, v, q_ctx, ctx, decay, lengths, out, lse, S, H, scale,
 def merge_kernel(out, lse, merged, H, n_split, D: tl.constexpr, PARTS: tl.constexpr):
     """A mean of the parts (PARTS >= n_split, a power of 2) in which each counts as much as its sum of exponentials."""
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    exists = tl.arange(0, PARTS)[:, None] < n_split
-    weight = tl.where(exists, load(lse, b, h, 0, n_split, PARTS, 1), -float("inf"))  # (PARTS, 1)
+    weight = load(lse, b, h, 0, n_split, PARTS, 1, BEYOND=-float("inf"))             # (PARTS, 1)
     weight = tl.exp2(weight - tl.max(weight, 0, keep_dims=True))
     mean = tl.sum(load(out, b, h, 0, n_split, PARTS, D) * weight, 0, keep_dims=True) / tl.sum(weight, 0, keep_dims=True)
     store(merged, mean, b, h, 0, 1, 1, D)
@@ -344,14 +348,14 @@ def tiles(kernel, dtype, D, E, hopper):
     return dict(zip(("M", "N", "num_warps", "num_stages"), TILES[kernel, hopper][(D + E > 64) + (D + E > 128)]))
 
 
-def launch(kernel, grid, *args, **constants):
+def launch(kernel, grid, *args, **widths):
     """Runs a kernel on the device of its first argument, cut as `tiles` says for its precision."""
-    first = args[0][0]
-    if "E" in constants:
-        hopper = first.is_cuda and torch.cuda.get_device_capability(first.device)[0] >= 9
-        constants |= tiles(kernel.fn.__name__, first.dtype, constants["D"], constants["E"], hopper)
-    with torch.cuda.device_of(first):
-        kernel[grid](*args, **constants, enable_fp_fusion=True)                      # x y + z as one rounded operation
+    x = args[0][0]
+    if "E" in widths:                                                    # 9 is Hopper, 10 has as much shared memory, 12 not
+        hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+        widths |= tiles(kernel.fn.__name__, x.dtype, widths["D"], widths["E"], hopper)
+    with torch.cuda.device_of(x):
+        kernel[grid](*args, **widths, enable_fp_fusion=True)                         # not left to Triton: defaults differ
 
 
 def strided(*tensors):
@@ -377,7 +381,7 @@ def backward(d_out, q, v, q_ctx, ctx, decay, out, lse, launch=launch):
     """The gradients of all five inputs; an empty tensor for one that is None."""
     (B, T, H, D), S, widths = q.shape, v.size(1), constants(q, ctx, decay)
     sizes = T, S, H, LOG2_E / math.sqrt(D)
-    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()              # sum().backward() hands down one number
+    d_out = d_out.contiguous()                                                  # sum().backward() hands down one number
     d_q, d_v = q.new_empty(q.shape), v.new_empty(v.shape)
     d_q_ctx, d_ctx = (None, None) if ctx is None else (q_ctx.new_empty(q_ctx.shape), ctx.new_empty(B, S, H, ctx.size(-1)))
     delta, d_decay = torch.empty_like(lse), None if decay is None else torch.empty_like(lse)
@@ -422,7 +426,7 @@ decode_op = operator("qv::decode", schema=f"({INPUTS}, Tensor lengths) -> Tensor
 @attention_op.register_fake
 def attention_fake(q, v, q_ctx, ctx, decay):
     B, T, H, D = q.shape
-    return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32).mT     # memory in the order of queries
+    return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32).mT     # a tile's rows lie side by side
 
 
 @attention_backward_op.register_fake
@@ -456,7 +460,7 @@ def qv_attention(q, v, q_ctx=None, ctx=None, decay=None):
     """Causal attention over values and, if given, contexts, differentiable in all five (equations: top of this file).
 
     q       (B, T, H, D)  queries; query t stands at position S - T + t and sees the tokens up to there
-    v       (B, S, H, D)  what is remembered of S >= T tokens; D is 16, 32, 64 or 128
+    v       (B, S, H, D)  what is remembered of S >= T tokens, below 2^20; D is 16, 32, 64 or 128
     q_ctx   (B, T, H, E)  the half of the query that asks for contexts; E is 16, 32, 64 or 128. Without it and ctx: QV
     ctx     (B, S, E)     contexts, shared by the heads
     decay   (H,)          exponents a_h > 0 of the power law by which distance counts; without them it does not
@@ -467,7 +471,8 @@ def qv_attention(q, v, q_ctx=None, ctx=None, decay=None):
     rule) and RuntimeError without Triton."""
     check({"q": "BTHD", "v": "BSHD", "q_ctx": "BTHE", "ctx": "BSE", "decay": "H"},
           q=q, v=v, q_ctx=q_ctx, ctx=ctx, decay=decay)
-    require(v.size(1) >= q.size(1), "v.shape", tuple(v.shape), f"should remember S >= T={q.size(1)} tokens")
+    if v.size(1) < q.size(1):
+        refuse("v.shape", tuple(v.shape), f"should remember S >= T={q.size(1)} tokens")
     return attention_op(q, v, q_ctx, ctx, decay)[0]
 
 
@@ -488,41 +493,55 @@ def qv_decode(q, v_cache, q_ctx=None, ctx_cache=None, decay=None, lengths=None):
     return decode_op(q, v_cache, q_ctx, ctx_cache, decay, lengths)
 
 
-def require(ok, name, value, rule):
-    if not ok:
-        raise ValueError(f"{name}={value} {rule}")
+def refuse(name, value, rule):
+    raise ValueError(f"{name}={value} {rule}")
+
+
+LEAST_TRITON = 3, 4                                                                  # passes tuples to kernels as they are here
+MOST = {"T": 2**20, "S": 2**20, "H": 2**16}                                          # float32 positions, 32-bit offsets in a tile
 
 
 def check(letters, **inputs):
-    """Raises ValueError unless each input has the dimensions that its letters give, and what else qv_attention says."""
+    """Raises ValueError unless each input has the dimensions that its letters give, and what else qv_attention says.
+    Texts are made only for what is refused: torch.compile would take a length in one for a constant."""
     if triton is None:
         raise RuntimeError("the fused kernel needs the package triton, which is not installed; model.py does without")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
+        raise RuntimeError(f"the fused kernel needs Triton 3.4 or newer, and this is {triton.__version__}; model.py does without")
     context = [name for name in letters if "E" in letters[name]]
     together = any(inputs[name] is not None for name in context)
-    sizes, first = {"1": (1, "every call")}, inputs["q"]
+    sizes, first = {"1": (1, "a step")}, inputs["q"]
     for name, x in inputs.items():
         if x is None and (name == "decay" or name in context and not together):
             continue
-        hint = f"; {' and '.join(context)} go together" if x is None and name in context else ""
-        require(isinstance(x, torch.Tensor), name, x, "should be a tensor" + hint)
+        if not isinstance(x, torch.Tensor):
+            refuse(name, x, "should be a tensor" + f"; {' and '.join(context)} go together" * (x is None and name in context))
         rule = f"should be ({', '.join(letters[name])})"
-        require(x.dim() == len(letters[name]), f"{name}.shape", tuple(x.shape), rule)
+        if x.dim() != len(letters[name]):
+            refuse(f"{name}.shape", tuple(x.shape), rule)
         for letter, n in zip(letters[name], x.shape):
             size, source = sizes.setdefault(letter, (n, name))
-            require(n == size, f"{name}.shape", tuple(x.shape), f"{rule} with {letter}={size} as in {source}")
-            require(n > 0, f"{name}.shape", tuple(x.shape), f"{rule} with {letter} at least 1")
-            if letter in "DE":
-                require(n in WIDTHS, f"{name}.shape", tuple(x.shape), f"{rule} with {letter} one of {WIDTHS}")
+            if n != size:
+                refuse(f"{name}.shape", tuple(x.shape), f"{rule} with {letter}={size} as in {source}")
+            if not 0 < n < MOST.get(letter, 2**31):
+                refuse(f"{name}.shape", tuple(x.shape), f"{rule} with {letter} at least 1 and below {MOST.get(letter, 2**31)}")
+            if letter in "DE" and n not in WIDTHS:
+                refuse(f"{name}.shape", tuple(x.shape), f"{rule} with {letter} one of {WIDTHS}")
         types = {"q": DTYPES, "decay": DTYPES, "lengths": (torch.int32, torch.int64)}.get(name, (first.dtype,))
-        require(x.dtype in types, f"{name}.dtype", x.dtype, f"should be {' or '.join(map(str, types))}")
-        require(x.stride(-1) == 1 or x.size(-1) == 1, f"{name}.stride()", x.stride(), "should end in 1")
-        rows = "H" if "1" in letters[name] else "TS"                                 # offsets in a tile are 32 bits
-        steps = [step for letter, n, step in zip(letters[name], x.shape, x.stride()) if letter in rows and n > 1]
-        require(max(steps, default=0) < 2**24, f"{name}.stride()", x.stride(), f"should be below 2**24 along {' and '.join(rows)}")
-        require(x.is_cuda or INTERPRETED, f"{name}.device", x.device, "should be a CUDA device; to run the kernels on "
-                "the CPU, slowly, set TRITON_INTERPRET=1 before triton is first imported")
-        require(x.device == first.device, f"{name}.device", x.device, f"should be {first.device} as q's")
-        require(not INTERPRETED or x.dtype != torch.bfloat16, f"{name}.dtype", x.dtype, "cannot be interpreted")
+        if x.dtype not in types:
+            refuse(f"{name}.dtype", x.dtype, f"should be {' or '.join(map(str, types))}")
+        if x.size(-1) > 1 and x.stride(-1) != 1:
+            refuse(f"{name}.stride()", x.stride(), "should end in 1")
+        for letter, n, step in zip(letters[name], x.shape, x.stride()):
+            if letter in ("H" if "1" in letters[name] else "TS") and n > 1 and step >= 2**24:
+                refuse(f"{name}.stride()", x.stride(), f"should be below 2**24 along {letter}")
+        if x.device != first.device:
+            refuse(f"{name}.device", x.device, f"should be {first.device} as q's")
+        if not (x.is_cuda or INTERPRETED):
+            refuse(f"{name}.device", x.device, "should be a CUDA device; to run the kernels on the CPU, slowly, set "
+                   "TRITON_INTERPRET=1 before triton is first imported")
+        if INTERPRETED and x.dtype == torch.bfloat16:
+            refuse(f"{name}.dtype", x.dtype, "cannot be interpreted")
 
 
 if __name__ == "__main__":

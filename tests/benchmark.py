@@ -7,6 +7,7 @@ Without one: registers, spills, shared memory and tensor-core instructions in wh
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import re
 import subprocess
@@ -26,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import kernel  # noqa: E402
 from kernel import qv_attention, qv_decode, triton  # noqa: E402
 from prepare import Parser, Progress, reason  # noqa: E402
+from train import pyplot  # noqa: E402
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 H, D, TOKENS = 12, 64, 16384                                 # training: heads, their width, tokens in each batch
@@ -107,15 +109,19 @@ takes mma, and so few heads at once that a row of their values is 256 wide, what
 def timed(run, repeat=20):
     """Median milliseconds of run() on the GPU, which starts with a cold cache and never waits for Python: it sleeps
     until all of run's launches are queued."""
-    events, cold = [], torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
-    for i in range(repeat + 3):
+    events, cold, cycles = [], torch.zeros(2**26, device=DEVICE), 2**22              # cycles: about two milliseconds
+    run()                                                                            # compiles
+    while len(events) < repeat + 3:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cold.zero_()
-        torch.cuda._sleep(4_000_000)                                                 # cycles: about two milliseconds
+        cold.sum()
+        torch.cuda._sleep(cycles)
         start.record()
         run()
         end.record()
-        events.append((start, end))
+        if start.query() and cycles < 2**28:                                         # it woke too early: longer, and again
+            cycles *= 2
+        else:
+            events.append((start, end))
     torch.cuda.synchronize()
     return median(start.elapsed_time(end) for start, end in events[3:])
 
@@ -210,6 +216,7 @@ def contestants(T, E, decayed):
 
 def measure_training(make, inputs):
     """Milliseconds forward, and forward + backward, and bytes at the peak of the latter beyond the inputs."""
+    gc.collect()
     before = torch.cuda.memory_allocated()
     run = make()
     d_out = torch.randn_like(run())
@@ -226,7 +233,8 @@ def bench_training(measuring, E):
     """A line per shape and contestant. Returns {(T, d_ctx, decayed, name): (forward ms, both ms, bytes), or None}."""
     results = {}
     for T, decayed in product(LENGTHS, (False, True)):
-        for name, (make, inputs) in contestants(T, E, decayed).items():
+        found = measuring("their inputs", lambda: contestants(T, E, decayed)) or {}
+        for name, (make, inputs) in found.items():
             result = results[T, E, decayed, name] = measuring(name, lambda: measure_training(make, inputs))
             cells = ["-"] * 3 if result is None else [
                 f"{result[0]:8.3f} ms {flop(T) / result[0] / 1e9:4.0f}",
@@ -261,10 +269,14 @@ def attentions_to_decode(B, S):
 
 def bench_decoding(measuring):
     """A line per batch and context. Returns {(B, S): (share of the copy bandwidth that QV has, times as fast as QKV)}."""
-    source = torch.empty(2**31 if DEVICE == "cuda" else 2**20, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / timed(lambda: target.copy_(source)) / 1e6        # GB/s, read and written
-    del source, target
+    def copying():
+        source = torch.empty(2**31 if DEVICE == "cuda" else 2**20, dtype=torch.uint8, device=DEVICE)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / timed(lambda: target.copy_(source)) / 1e6         # GB/s, read and written
+
+    bandwidth = measuring("copying", copying)
+    if bandwidth is None:
+        return {}
     print(f"\ncopy bandwidth {bandwidth:.0f} GB/s\n batch context          QV us  share       QV-Ka us  share   QKV us (fastest)")
     results = {}
     for B, S in product(BATCHES, CONTEXTS):
@@ -304,8 +316,9 @@ def print_goals(training, decoding):
     goal("QV, forward TFLOP/s at T = 4096", [ours and flop(4096) / ours[0] / 1e9], 300, "{:.0f}")
     goal("QV with decay, forward + backward, times as fast as SDPA with a mask, by T", ratios(0, True, "sdpa", 1), 3)
     for E in WIDTHS:
+        measured = all(training.get((T, E, decayed, "fused")) for T in LENGTHS for decayed in (False, True))
         least = [x for decayed in (False, True) for rival in ("sdpa", "flex") for x in ratios(E, decayed, rival, 2) if x]
-        goal(f"rivals' peak memory / ours, the least of all at d_ctx = {E}", [min(least, default=None)], 1)
+        goal(f"rivals' peak memory / ours, the least of all at d_ctx = {E}", [min(least, default=None) if measured else None], 1)
     large = [x for (B, S), x in decoding.items() if B * S >= 2**18]
     goal("QV decoding, share of copy bandwidth from 256k tokens on", (x[0] for x in large), 0.85, "{:.0%}")
     goal("QV decoding, times as fast as the fastest QKV there", (x[1] for x in large), 1.7)
@@ -313,10 +326,7 @@ def print_goals(training, decoding):
 
 def draw(training, decoding, path):
     """Two panels of training speed over T, without and with decay, and one of decoding speed over context."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     labels = dict(fused="fused (kernel.py)", sdpa="SDPA", flex="flex_attention", qkv="QKV by SDPA")
     for axis, decayed in zip(axes, (False, True)):
@@ -344,7 +354,9 @@ def benchmark(seconds, path):
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE
     print(f"{device}, torch {torch.__version__}, triton {triton.__version__}; {str(DTYPE).removeprefix('torch.')}, {H} heads of {D}, "
           f"{TOKENS} tokens\nforward: ms and TFLOP/s, forward + backward: ms and TFLOP/s, peak memory beyond inputs")
-    measuring = Measuring(len(LENGTHS) * (7 + 6 * (len(WIDTHS) - 1)) + 7 * len(BATCHES) * len(CONTEXTS), seconds)
+    warm = random(64, 64).requires_grad_()
+    (warm @ warm).sum().backward()                                                   # cuBLAS takes its memory, once
+    measuring = Measuring(len(LENGTHS) * (9 + 8 * (len(WIDTHS) - 1)) + 1 + 7 * len(BATCHES) * len(CONTEXTS), seconds)
     training = bench_training(measuring, 0)
     decoding = bench_decoding(measuring)
     for E in WIDTHS[1:]:
@@ -362,10 +374,10 @@ def main(flags=None):
     args = parser.parse_args(flags)
     if triton is None:
         sys.exit("The kernels need the package triton, which is not installed; model.py does without them.")
+    if kernel.INTERPRETED:
+        sys.exit("TRITON_INTERPRET=1 leaves nothing to compile, or to measure; unset it.")
     if torch.cuda.is_available() and not args.compile_report:
         return benchmark(args.seconds, args.out)
-    if kernel.INTERPRETED:
-        sys.exit("TRITON_INTERPRET=1 leaves nothing to compile; unset it.")
     print_compile_report()
     if not torch.cuda.is_available():
         print("The benchmark needs a CUDA GPU, and there is none here.")
