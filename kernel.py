@@ -501,6 +501,21 @@ LEAST_TRITON = 3, 4                                                             
 MOST = {"T": 2**20, "S": 2**20, "H": 2**16}                                          # float32 positions, 32-bit offsets in a tile
 
 
+def check_shape(name, x, letters, sizes):
+    """A dimension for each letter, as large as that letter was in the inputs before: sizes, {letter: (n, its input)}."""
+    rule = f"should be ({', '.join(letters)})"
+    if x.dim() != len(letters):
+        refuse(f"{name}.shape", tuple(x.shape), rule)
+    for letter, n in zip(letters, x.shape):
+        size, source = sizes.setdefault(letter, (n, name))
+        if n != size:
+            refuse(f"{name}.shape", tuple(x.shape), f"{rule} with {letter}={size} as in {source}")
+        if not 0 < n < MOST.get(letter, 2**31):
+            refuse(f"{name}.shape", tuple(x.shape), f"{rule} with {letter} at least 1 and below {MOST.get(letter, 2**31)}")
+        if letter in "DE" and n not in WIDTHS:
+            refuse(f"{name}.shape", tuple(x.shape), f"{rule} with {letter} one of {WIDTHS}")
+
+
 def check(letters, **inputs):
     """Raises ValueError unless each input has the dimensions that its letters give, and what else qv_attention says.
     Texts are made only for what is refused: torch.compile would take a length in one for a constant."""
@@ -516,17 +531,7 @@ def check(letters, **inputs):
             continue
         if not isinstance(x, torch.Tensor):
             refuse(name, x, "should be a tensor" + f"; {' and '.join(context)} go together" * (x is None and name in context))
-        rule = f"should be ({', '.join(letters[name])})"
-        if x.dim() != len(letters[name]):
-            refuse(f"{name}.shape", tuple(x.shape), rule)
-        for letter, n in zip(letters[name], x.shape):
-            size, source = sizes.setdefault(letter, (n, name))
-            if n != size:
-                refuse(f"{name}.shape", tuple(x.shape), f"{rule} with {letter}={size} as in {source}")
-            if not 0 < n < MOST.get(letter, 2**31):
-                refuse(f"{name}.shape", tuple(x.shape), f"{rule} with {letter} at least 1 and below {MOST.get(letter, 2**31)}")
-            if letter in "DE" and n not in WIDTHS:
-                refuse(f"{name}.shape", tuple(x.shape), f"{rule} with {letter} one of {WIDTHS}")
+        check_shape(name, x, letters[name], sizes)
         types = {"q": DTYPES, "decay": DTYPES, "lengths": (torch.int32, torch.int64)}.get(name, (first.dtype,))
         if x.dtype not in types:
             refuse(f"{name}.dtype", x.dtype, f"should be {' or '.join(map(str, types))}")
