@@ -601,8 +601,9 @@ class Run:
         train, world = self.train, self.processes.world
         share, rest = divmod(train.batch_size, world)
         if rest or share % (train.micro_batch_size or share):
-            raise UserError(f"--batch_size={train.batch_size} must be a multiple of --micro_batch_size={train.micro_batch_size or 1} times "
-                            f"the number of processes, {world}; choose another of these")
+            micro = train.micro_batch_size or 1
+            raise UserError(f"--batch_size={train.batch_size} must be a multiple of --micro_batch_size={micro} times the number of "
+                            f"processes, {world}; take for example --batch_size={-(-train.batch_size // (micro * world)) * micro * world}")
         if len(self.splits["train"]) <= config.block_size:
             raise UserError(f"--block_size={config.block_size} needs more than its {len(self.splits['train'])} training tokens; "
                             "take a smaller one, or more text")

@@ -25,6 +25,8 @@ from kernel import qv_attention, qv_attention_plain, qv_decode, qv_decode_plain
 from model import GPT, GPTConfig
 
 DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),               # of an empty part's sum
+              pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")]
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 runs = pytest.mark.skipif(not CUDA and not kernel.INTERPRETED, reason="needs triton, and a GPU or its interpreter")
