@@ -1090,7 +1090,7 @@ def main(argv=None):
     if "WORLD_SIZE" in os.environ and (many or task.report or task.eval_only):
         raise UserError("torchrun is for training one run; start this with python, and a sweep with --workers")
     if task.report:
-        if idle := given.keys() - {"out"}:
+        if idle := given.keys() - {"out"} | {name for name in ("seeds", "workers") if getattr(task, name)}:
             raise UserError(f"--report takes every finished run of --out, so leave --{min(idle)} out")
         return report(Path(given.get("out", SWEEP)), needed="out" in given)
     if not given.get("resume"):                                                      # a run knows its attention

@@ -652,6 +652,7 @@ MISUSE = [
     ("train", [*NEW, "--attention=qkv,qv", "--d_ctx=8"], None, "--d_ctx=8 is for --attention=qv_ka; with --attention=qkv,qv, leave it out"),
     ("train", [*NEW, "--attention=mla", "--d_rope=8"], None, "--d_rope=8 is for --pos=rope; with --pos=agf, leave it out"),
     ("train", ["--report", "--out=out/run"], None, "there is no folder of a finished run in out/run/"),
+    ("train", ["--report", "--seeds=3"], None, "--report takes every finished run of --out, so leave --seeds out"),
     ("train", ["--report", "--attention=qv"], None, "--report takes every finished run of --out, so leave --attention out"),
     ("sample", ["--benchmark", "--top_k=3"], None, "--benchmark compares untrained models, written in PyTorch, so leave --top_k out"),
     ("sample", ["--attention_map=a.png", "--temperature=0"], None, "draws the prompt and writes no text, so leave --temperature out"),
