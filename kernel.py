@@ -232,11 +232,10 @@ def query_backward_kernel(q, v, q_ctx, ctx, decay, out, lse, d_out, delta, d_q, 
             if DECAY:
                 d_a += tl.sum(ds * log_r, 1, keep_dims=True)
 
-    ln_2: tl.constexpr = 0.6931471805599453                                          # scale ln 2 = 1 / sqrt(D)
-    store(d_q, d_q_tile * (scale * ln_2), b, h, t0, T, M, D)
-    store(d_q_ctx, d_q_ctx_tile * (scale * ln_2), b, h, t0, T, M, E)
+    store(d_q, d_q_tile * D**-0.5, b, h, t0, T, M, D)
+    store(d_q_ctx, d_q_ctx_tile * D**-0.5, b, h, t0, T, M, E)
     if DECAY:
-        store(d_decay, d_a * -ln_2, b, h, t0, T, M, 1)
+        store(d_decay, d_a, b, h, t0, T, M, 1)                                       # times -ln 2, summed: in PyTorch
 
 
 @jit
@@ -252,7 +251,6 @@ def token_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_v, d_ctx
     ctx_tile = load(ctx, b, 0, j0, S, N, E)                                          # (N, E)
     d_v_tile = tl.zeros([N, D], tl.float32)
     d_ctx_tile = tl.zeros([N, E], tl.float32) if E > 0 else 0.0
-    per_score = scale * 0.6931471805599453                                           # scale ln 2 = 1 / sqrt(D)
     first = tl.maximum(j0 - (S - T), 0) // M * M                                # here is the first query that sees any;
     full = tl.minimum(tl.cdiv(tl.maximum(j0 + N - 1 - (S - T), 0), M), tl.cdiv(T, M)) * M   # from here they see all N
     for DIAGONAL in tl.static_range(1, -1, -1):
@@ -265,7 +263,7 @@ def token_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_v, d_ctx
             p = tl.exp2(s * scale - tl.trans(load(lse, b, h, t0, T, M, 1)))
             d_v_tile = dot(p, d_out_tile, d_v_tile)                                  # as a value ...
             d_p = dot(v_tile, tl.trans(d_out_tile), None)
-            ds = p * (d_p * per_score - tl.trans(load(delta, b, h, t0, T, M, 1)) * per_score)
+            ds = p * (d_p * D**-0.5 - tl.trans(load(delta, b, h, t0, T, M, 1)) * D**-0.5)
             d_v_tile = dot(ds, q_tile, d_v_tile)                                     # ... and as a key, in the same sum
             if E > 0:
                 d_ctx_tile = dot(ds, q_ctx_tile, d_ctx_tile)
@@ -340,7 +338,7 @@ TILES = {   # by kernel and whether on Hopper, for D + E up to 64, up to 128 and
 
 
 def tiles(kernel, dtype, D, E, hopper):
-    """How a kernel is cut and compiled: by rule, so that no first call waits for a search. With 16 bits next to nothing spills."""
+    """A kernel's M, N, warps and stages: by rule, so that no first call waits for a search. With 16 bits next to none spills."""
     if kernel == "decode_kernel":
         return dict(N=16 if dtype == torch.float32 else 64, num_warps=4, num_stages=3 if hopper else 2)
     if dtype == torch.float32:                          # exact float32 has no tensor cores, so its tiles take registers
@@ -348,14 +346,19 @@ def tiles(kernel, dtype, D, E, hopper):
     return dict(zip(("M", "N", "num_warps", "num_stages"), TILES[kernel, hopper][(D + E > 64) + (D + E > 128)]))
 
 
+def options(kernel, dtype, capability, widths):
+    """All that a kernel is compiled with, for a GPU of that compute capability (9 is Hopper)."""
+    hopper = capability in (9, 10)                                       # 10 has as much shared memory as Hopper, 12 has not
+    cut = tiles(kernel, dtype, widths["D"], widths["E"], hopper) if "E" in widths else {}
+    return widths | cut | dict(enable_fp_fusion=True)                                # not left to Triton: defaults differ
+
+
 def launch(kernel, grid, *args, **widths):
-    """Runs a kernel on the device of its first argument, cut as `tiles` says for its precision."""
+    """Runs a kernel on the device, and with the options for the precision, of its first argument."""
     x = args[0][0]
-    if "E" in widths:                                                    # 9 is Hopper, 10 has as much shared memory, 12 not
-        hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
-        widths |= tiles(kernel.fn.__name__, x.dtype, widths["D"], widths["E"], hopper)
+    capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else None
     with torch.cuda.device_of(x):
-        kernel[grid](*args, **widths, enable_fp_fusion=True)                         # not left to Triton: defaults differ
+        kernel[grid](*args, **options(kernel.fn.__name__, x.dtype, capability, widths))
 
 
 def strided(*tensors):
@@ -390,7 +393,7 @@ def backward(d_out, q, v, q_ctx, ctx, decay, out, lse, launch=launch):
     launch(token_backward_kernel, lambda config: (B * H, triton.cdiv(S, config["N"])), *strided(q, v, q_ctx, ctx), decay,
            *strided(lse, d_out, delta, d_v, d_ctx), *sizes, **widths)
     gradients = (d_q, d_v, d_q_ctx, None if ctx is None else d_ctx.sum(2),
-                 None if decay is None else d_decay.sum((0, 1)).type_as(decay))
+                 None if decay is None else (d_decay.sum((0, 1)) * -math.log(2)).type_as(decay))
     return tuple(q.new_empty(0) if x is None else x for x in gradients)
 
 
@@ -465,10 +468,10 @@ def qv_attention(q, v, q_ctx=None, ctx=None, decay=None):
     ctx     (B, S, E)     contexts, shared by the heads
     decay   (H,)          exponents a_h > 0 of the power law by which distance counts; without them it does not
 
-    Returns (B, T, H, D). All float32 (computed as such, not as TF32), float16 or bfloat16, decay any of these; on a
-    CUDA device; only the last dimension has to be contiguous. Memory beyond inputs, outputs and gradients: O(B H T)
+    Returns (B, T, H, D), H below 2^16. All float32 (computed as such, not as TF32), float16 or bfloat16, decay any of
+    these; on a CUDA device; only the last dimension has to be contiguous. Memory beyond inputs, outputs and gradients: O(B H T)
     numbers, and (B, S, H, E) in the backward pass with contexts. Raises ValueError for any other input (name, value,
-    rule) and RuntimeError without Triton."""
+    rule) and RuntimeError without Triton, or with one that is too old."""
     check({"q": "BTHD", "v": "BSHD", "q_ctx": "BTHE", "ctx": "BSE", "decay": "H"},
           q=q, v=v, q_ctx=q_ctx, ctx=ctx, decay=decay)
     if v.size(1) < q.size(1):
@@ -497,7 +500,7 @@ def refuse(name, value, rule):
     raise ValueError(f"{name}={value} {rule}")
 
 
-LEAST_TRITON = 3, 4                                                                  # passes tuples to kernels as they are here
+LEAST_TRITON = "3.4"                                                                 # passes tuples to kernels as they are here
 MOST = {"T": 2**20, "S": 2**20, "H": 2**16}                                          # float32 positions, 32-bit offsets in a tile
 
 
@@ -509,7 +512,7 @@ def check_shape(name, x, letters, sizes):
     for letter, n in zip(letters, x.shape):
         size, source = sizes.setdefault(letter, (n, name))
         if n != size:
-            refuse(f"{name}.shape", tuple(x.shape), f"{rule} with {letter}={size} as in {source}")
+            refuse(f"{name}.shape", tuple(x.shape), f"{rule} with {letter}={size} as in {source}" if source else rule)
         if not 0 < n < MOST.get(letter, 2**31):
             refuse(f"{name}.shape", tuple(x.shape), f"{rule} with {letter} at least 1 and below {MOST.get(letter, 2**31)}")
         if letter in "DE" and n not in WIDTHS:
@@ -521,11 +524,11 @@ def check(letters, **inputs):
     Texts are made only for what is refused: torch.compile would take a length in one for a constant."""
     if triton is None:
         raise RuntimeError("the fused kernel needs the package triton, which is not installed; model.py does without")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
-        raise RuntimeError(f"the fused kernel needs Triton 3.4 or newer, and this is {triton.__version__}; model.py does without")
+    if [*map(int, triton.__version__.split(".")[:2])] < [*map(int, LEAST_TRITON.split("."))]:
+        raise RuntimeError(f"the fused kernel needs Triton {LEAST_TRITON} or newer, and this is {triton.__version__}; model.py does without")
     context = [name for name in letters if "E" in letters[name]]
     together = any(inputs[name] is not None for name in context)
-    sizes, first = {"1": (1, "a step")}, inputs["q"]
+    sizes, first = {"1": (1, None)}, inputs["q"]
     for name, x in inputs.items():
         if x is None and (name == "decay" or name in context and not together):
             continue

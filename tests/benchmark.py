@@ -35,7 +35,6 @@ LENGTHS, WIDTHS = (256, 1024, 4096, 16384), (0, 64, 128)     # ... T and d_ctx
 DECODE_H, DECODE_E = 32, 128                                 # decoding: heads, d_ctx of QV-Ka
 BATCHES, CONTEXTS = (1, 8, 64), (1024, 4096, 16384, 65536)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What the compiler makes of the kernels, for a GPU that need not be there.
 
@@ -53,15 +52,14 @@ class Absent:
 def compiled(arch, function, *args, **constants):
     """Compiles a kernel as for a launch with these arguments. A row for the report: registers and spilled bytes of a
     thread, bytes of shared memory, and the number of wgmma instructions (Hopper's tensor cores) in the PTX."""
-    if "E" in constants:
-        constants |= kernel.tiles(function.__name__, args[0][0].dtype, constants["D"], constants["E"], arch >= 90)
-    binary = function.warmup(*args, **constants, enable_fp_fusion=True, grid=(1,))
+    options = kernel.options(function.__name__, args[0][0].dtype, arch // 10, constants)
+    binary = function.warmup(*args, **options, grid=(1,))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(binary.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    return dict(kernel=function.__name__, tile=" x ".join(str(constants[name]) for name in "MN" if name in constants),
+    return dict(kernel=function.__name__, tile=" x ".join(str(options[name]) for name in "MN" if name in options),
                 warps=binary.metadata.num_warps, stages=binary.metadata.num_stages, registers=registers, spilled=spilled,
                 shared=binary.metadata.shared, wgmma=binary.asm["ptx"].count("wgmma.mma_async"))
 
@@ -164,6 +162,10 @@ def random(*shape):
     return torch.randn(*shape, device=DEVICE, dtype=DTYPE)
 
 
+def heads_first(*tensors):
+    return [x.transpose(1, 2) for x in tensors]                                      # (B, T, H, D) -> (B, H, T, D), views
+
+
 @functools.cache
 def flex_attention():
     from torch.nn.attention.flex_attention import flex_attention                     # slow to import
@@ -177,8 +179,7 @@ def flex_attention():
 def contestants(T, E, decayed):
     """At one shape, name: (make, inputs). make() brings what is made once, such as a mask, and returns the attention to
     be timed, a function without arguments, whose result (B, T, H, D) or (B, H, T, D) has gradients for the inputs."""
-    heads_first = lambda *tensors: [x.transpose(1, 2) for x in tensors]              # (B, T, H, D) -> (B, H, T, D), a view
-    B = max(1, TOKENS // T)
+    B = TOKENS // T
     q, v, other = (random(B, T, H, D).requires_grad_() for _ in range(3))
     ctx, w_k = (random(B, T, E).requires_grad_(), (random(H, E + D, D) / 8).requires_grad_()) if E else (None, None)
     decay = torch.logspace(-2, 2, H, base=2, device=DEVICE) if decayed else None
@@ -226,7 +227,7 @@ def measure_training(make, inputs):
 
 def flop(T):
     """Of a forward pass by the usual convention: 4 B H T T D, halved because it is causal. Backward: 2.5 times as many."""
-    return 4 * H * max(TOKENS, T) * T * D / 2
+    return 4 * H * TOKENS * T * D / 2
 
 
 def bench_training(measuring, E):
@@ -255,16 +256,16 @@ def attentions_to_decode(B, S):
     q, q_ctx, ctx = random(B, 1, DECODE_H, D), random(B, 1, DECODE_H, DECODE_E), random(B, S, DECODE_E)
     k, v = random(B, S, DECODE_H, D), random(B, S, DECODE_H, D)
     lengths = torch.full((B,), S, device=DEVICE, dtype=torch.int32)
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    qkv = heads_first(q, k, v)
 
     def sdpa(backend):
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*heads_first)
+            return F.scaled_dot_product_attention(*qkv)
 
     backends = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION
     return {"QV": lambda: qv_decode(q, v, lengths=lengths), "QV-Ka": lambda: qv_decode(q, v, q_ctx, ctx, lengths=lengths),
             **{backend.name.lower(): functools.partial(sdpa, backend) for backend in backends},
-            "flex_attention": lambda: flex_attention()(*heads_first)}
+            "flex_attention": lambda: flex_attention()(*qkv)}
 
 
 def bench_decoding(measuring):
@@ -305,9 +306,9 @@ def print_goals(training, decoding):
         print(f"{'met' if met else 'missed':6}  {text} >= {form.format(least)}: "
               + (", ".join("-" if x is None else form.format(x) for x in figures) or "-"))
 
-    def ratios(E, decayed, rival, i, name="fused"):
+    def ratios(E, decayed, rival, i):
         for T in LENGTHS:
-            ours, theirs = training.get((T, E, decayed, name)), training.get((T, E, decayed, rival))
+            ours, theirs = training.get((T, E, decayed, "fused")), training.get((T, E, decayed, rival))
             yield theirs[i] / ours[i] if ours and theirs else None
 
     print()
