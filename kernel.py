@@ -172,9 +172,15 @@ def attend(acc, top, total, q, q_ctx, i, slope, v, ctx, b, h, j0, stop, scale, D
 
 
 @jit
+def sequence_and_head(H):
+    """Which are a program's; in 64 bits, for they are multiplied by strides."""
+    return (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
+
+
+@jit
 def queries(q, q_ctx, decay, T, S, H, scale, D: tl.constexpr, E: tl.constexpr, DECAY: tl.constexpr, M: tl.constexpr):
     """A program's sequence, head, first query and, (M, .), their positions, two halves, and the decay's slope."""
-    b, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
+    b, h = sequence_and_head(H)
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * M                        # those that see most tokens start first
     slope = tl.load(decay + h).to(tl.float32) / scale if DECAY else 0.0
     return (b, h, t0, positions(S - T + t0, M)[:, None],
@@ -203,39 +209,16 @@ def forward_kernel(q, v, q_ctx, ctx, decay, out, lse, T, S, H, scale,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Backward: the queries' gradients by programs like forward's, then the tokens' by programs that each own N tokens.
+# Backward: delta, then the tokens' gradients by programs that each own N tokens, then the queries' by programs like
+# forward's.
 
 
 @jit
-def query_backward_kernel(q, v, q_ctx, ctx, decay, out, lse, d_out, delta, d_q, d_q_ctx, d_decay, T, S, H, scale,
-                          D: tl.constexpr, E: tl.constexpr, DECAY: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    b, h, t0, i, q_tile, q_ctx_tile, slope = queries(q, q_ctx, decay, T, S, H, scale, D, E, DECAY, M)
-    d_out_tile = load(d_out, b, h, t0, T, M, D)                                      # (M, D)
-    lse_tile = load(lse, b, h, t0, T, M, 1)                                          # (M, 1)
-    delta_tile = tl.sum(d_out_tile.to(tl.float32) * load(out, b, h, t0, T, M, D).to(tl.float32), 1, keep_dims=True)
-    store(delta, delta_tile, b, h, t0, T, M, 1)                                      # the next kernel needs it too
-
-    d_q_tile, d_a = tl.zeros([M, D], tl.float32), tl.zeros([M, 1], tl.float32)
-    d_q_ctx_tile = tl.zeros([M, E], tl.float32) if E > 0 else 0.0
-    full, end = seen(t0, T, S, M, N)
-    for DIAGONAL in tl.static_range(2):
-        for j0 in range(full if DIAGONAL else 0, end if DIAGONAL else full, N):
-            v_tile = load(v, b, h, j0, S, N, D, EDGE=DIAGONAL)                       # (N, D)
-            ctx_tile = load(ctx, b, 0, j0, S, N, E, EDGE=DIAGONAL)                   # (N, E)
-            distance = i - positions(j0, N)[None, :]
-            s, log_r = score(q_tile, v_tile, q_ctx_tile, ctx_tile, distance, slope, E, DECAY, DIAGONAL)    # (M, N)
-            p = tl.exp2(s * scale - lse_tile)
-            ds = p * (dot(d_out_tile, tl.trans(v_tile), None) - delta_tile)
-            d_q_tile = dot(ds, v_tile, d_q_tile)
-            if E > 0:
-                d_q_ctx_tile = dot(ds, ctx_tile, d_q_ctx_tile)
-            if DECAY:
-                d_a += tl.sum(ds * log_r, 1, keep_dims=True)
-
-    store(d_q, d_q_tile * D**-0.5, b, h, t0, T, M, D)
-    store(d_q_ctx, d_q_ctx_tile * D**-0.5, b, h, t0, T, M, E)
-    if DECAY:
-        store(d_decay, d_a, b, h, t0, T, M, 1)                                       # times -ln 2, summed: in PyTorch
+def delta_kernel(out, d_out, delta, T, H, D: tl.constexpr, M: tl.constexpr):
+    b, h = sequence_and_head(H)
+    t0 = tl.program_id(1) * M
+    product = load(out, b, h, t0, T, M, D).to(tl.float32) * load(d_out, b, h, t0, T, M, D).to(tl.float32)
+    store(delta, tl.sum(product, 1, keep_dims=True), b, h, t0, T, M, 1)
 
 
 @jit
@@ -243,7 +226,7 @@ def token_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_v, d_ctx
                           E: tl.constexpr, DECAY: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Scores lie on their side here, (N, M), so that p and ds come out of one product as the next one needs them.
     Queries from T on have q = dO = 0, so they add nothing: p, of any a_h > 0, is at most 1."""
-    b, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
+    b, h = sequence_and_head(H)
     j0 = tl.program_id(1) * N
     j = positions(j0, N)[:, None]
     slope = tl.load(decay + h).to(tl.float32) / scale if DECAY else 0.0
@@ -271,6 +254,36 @@ def token_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_v, d_ctx
     store(d_ctx, d_ctx_tile, b, h, j0, S, N, E)                                      # (B, S, H, E): summed in PyTorch
 
 
+@jit
+def query_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_q, d_q_ctx, d_decay, T, S, H, scale,
+                          D: tl.constexpr, E: tl.constexpr, DECAY: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    b, h, t0, i, q_tile, q_ctx_tile, slope = queries(q, q_ctx, decay, T, S, H, scale, D, E, DECAY, M)
+    d_out_tile = load(d_out, b, h, t0, T, M, D)                                      # (M, D)
+    lse_tile = load(lse, b, h, t0, T, M, 1)                                          # (M, 1)
+    delta_tile = load(delta, b, h, t0, T, M, 1)                                      # (M, 1)
+    d_q_tile, d_a = tl.zeros([M, D], tl.float32), tl.zeros([M, 1], tl.float32)
+    d_q_ctx_tile = tl.zeros([M, E], tl.float32) if E > 0 else 0.0
+    full, end = seen(t0, T, S, M, N)
+    for DIAGONAL in tl.static_range(2):
+        for j0 in range(full if DIAGONAL else 0, end if DIAGONAL else full, N):
+            v_tile = load(v, b, h, j0, S, N, D, EDGE=DIAGONAL)                       # (N, D)
+            ctx_tile = load(ctx, b, 0, j0, S, N, E, EDGE=DIAGONAL)                   # (N, E)
+            distance = i - positions(j0, N)[None, :]
+            s, log_r = score(q_tile, v_tile, q_ctx_tile, ctx_tile, distance, slope, E, DECAY, DIAGONAL)    # (M, N)
+            p = tl.exp2(s * scale - lse_tile)
+            ds = p * (dot(d_out_tile, tl.trans(v_tile), None) - delta_tile)
+            d_q_tile = dot(ds, v_tile, d_q_tile)
+            if E > 0:
+                d_q_ctx_tile = dot(ds, ctx_tile, d_q_ctx_tile)
+            if DECAY:
+                d_a += tl.sum(ds * log_r, 1, keep_dims=True)
+
+    store(d_q, d_q_tile * D**-0.5, b, h, t0, T, M, D)
+    store(d_q_ctx, d_q_ctx_tile * D**-0.5, b, h, t0, T, M, E)
+    if DECAY:
+        store(d_decay, d_a, b, h, t0, T, M, 1)                                       # times -ln 2, summed: in PyTorch
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding: one query per sequence, so each byte of the cache is needed once, and reading it is all that takes time. A
 # program reads a part of a sequence for a few heads that lie side by side: a row of 4 heads of width 64 is 512 bytes in
@@ -289,8 +302,8 @@ def token_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_v, d_ctx
 @jit
 def decode_kernel(q, v, q_ctx, ctx, decay, lengths, out, lse, S, H, scale,
                   D: tl.constexpr, E: tl.constexpr, DECAY: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr):
-    groups = H // HEADS
-    b, h = (tl.program_id(0) // groups).to(tl.int64), (tl.program_id(0) % groups * HEADS).to(tl.int64)
+    b, group = sequence_and_head(H // HEADS)
+    h = group * HEADS                                                                # the first of this program's
     length = tl.minimum(tl.load(lengths + b), S).to(tl.int32)
     split, n_split = tl.program_id(1), tl.num_programs(1)
     part = tl.cdiv(tl.cdiv(length, N), n_split) * N                                  # equal parts of each sequence;
@@ -317,7 +330,7 @@ def decode_kernel(q, v, q_ctx, ctx, decay, lengths, out, lse, S, H, scale,
 @jit
 def merge_kernel(out, lse, merged, H, n_split, D: tl.constexpr, PARTS: tl.constexpr):
     """A mean of the parts (PARTS >= n_split, a power of 2) in which each counts as much as its sum of exponentials."""
-    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    b, h = sequence_and_head(H)
     weight = load(lse, b, h, 0, n_split, PARTS, 1, BEYOND=-float("inf"))             # (PARTS, 1)
     weight = tl.exp2(weight - tl.max(weight, 0, keep_dims=True))
     mean = tl.sum(load(out, b, h, 0, n_split, PARTS, D) * weight, 0, keep_dims=True) / tl.sum(weight, 0, keep_dims=True)
@@ -384,17 +397,21 @@ def backward(d_out, q, v, q_ctx, ctx, decay, out, lse, launch=launch):
     """The gradients of all five inputs; an empty tensor for one that is None."""
     (B, T, H, D), S, widths = q.shape, v.size(1), constants(q, ctx, decay)
     sizes = T, S, H, LOG2_E / math.sqrt(D)
-    d_out = d_out.contiguous()                                                  # sum().backward() hands down one number
-    d_q, d_v = q.new_empty(q.shape), v.new_empty(v.shape)
-    d_q_ctx, d_ctx = (None, None) if ctx is None else (q_ctx.new_empty(q_ctx.shape), ctx.new_empty(B, S, H, ctx.size(-1)))
-    delta, d_decay = torch.empty_like(lse), None if decay is None else torch.empty_like(lse)
-    launch(query_backward_kernel, lambda config: (B * H, triton.cdiv(T, config["M"])), *strided(q, v, q_ctx, ctx), decay,
-           *strided(out, lse, d_out, delta, d_q, d_q_ctx, d_decay), *sizes, **widths)
-    launch(token_backward_kernel, lambda config: (B * H, triton.cdiv(S, config["N"])), *strided(q, v, q_ctx, ctx), decay,
+    inputs = *strided(q, v, q_ctx, ctx), decay
+    d_out, delta = d_out.contiguous(), torch.empty_like(lse)                    # sum().backward() hands down one number
+    launch(delta_kernel, (B * H, triton.cdiv(T, 64)), *strided(out, d_out, delta), T, H, D=D, M=64)
+
+    d_v, d_ctx = v.new_empty(v.shape), None if ctx is None else ctx.new_empty(B, S, H, ctx.size(-1))
+    launch(token_backward_kernel, lambda config: (B * H, triton.cdiv(S, config["N"])), *inputs,
            *strided(lse, d_out, delta, d_v, d_ctx), *sizes, **widths)
-    gradients = (d_q, d_v, d_q_ctx, None if ctx is None else d_ctx.sum(2),
-                 None if decay is None else (d_decay.sum((0, 1)) * -math.log(2)).type_as(decay))
-    return tuple(q.new_empty(0) if x is None else x for x in gradients)
+    d_ctx = None if ctx is None else d_ctx.sum(2)                               # and its largest tensor is gone again
+
+    d_q, d_q_ctx = q.new_empty(q.shape), None if ctx is None else q_ctx.new_empty(q_ctx.shape)
+    d_decay = None if decay is None else torch.empty_like(lse)
+    launch(query_backward_kernel, lambda config: (B * H, triton.cdiv(T, config["M"])), *inputs,
+           *strided(lse, d_out, delta, d_q, d_q_ctx, d_decay), *sizes, **widths)
+    d_decay = None if decay is None else (d_decay.sum((0, 1)) * -math.log(2)).type_as(decay)
+    return tuple(q.new_empty(0) if x is None else x for x in (d_q, d_v, d_q_ctx, d_ctx, d_decay))
 
 
 def decode(q, v_cache, q_ctx, ctx_cache, decay, lengths, launch=launch):
@@ -469,9 +486,9 @@ def qv_attention(q, v, q_ctx=None, ctx=None, decay=None):
     decay   (H,)          exponents a_h > 0 of the power law by which distance counts; without them it does not
 
     Returns (B, T, H, D), H below 2^16. All float32 (computed as such, not as TF32), float16 or bfloat16, decay any of
-    these; on a CUDA device; only the last dimension has to be contiguous. Memory beyond inputs, outputs and gradients: O(B H T)
-    numbers, and (B, S, H, E) in the backward pass with contexts. Raises ValueError for any other input (name, value,
-    rule) and RuntimeError without Triton, or with one that is too old."""
+    these; on a CUDA device; only the last dimension has to be contiguous. Memory beyond inputs, output and gradients: O(B H T)
+    numbers; if S > T, the backward pass may for a while need (B, S - T, H, E) more. Raises ValueError for any other
+    input (name, value, rule) and RuntimeError without Triton, or with one that is too old."""
     check({"q": "BTHD", "v": "BSHD", "q_ctx": "BTHE", "ctx": "BSE", "decay": "H"},
           q=q, v=v, q_ctx=q_ctx, ctx=ctx, decay=decay)
     if v.size(1) < q.size(1):
