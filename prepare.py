@@ -42,12 +42,22 @@ class UserError(Exception):
     """Something that the user can put right: one sentence that says what is wrong, where, and what to do."""
 
 
+def whole(text):
+    """The int that a flag asks for; 1e9 is one, too."""
+    for read in int, float:
+        with contextlib.suppress(ValueError):
+            if (number := read(text)) == number // 1 and abs(number) < 2**63:
+                return int(number)
+    raise argparse.ArgumentTypeError(f"{text} must be a whole number below 2**63, for example 1000 or 1e3")
+
+
 class Parser(argparse.ArgumentParser):
     """Help that shows the program's own text; a mistake gets one sentence and exit status 2."""
 
     def __init__(self, description, **options):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                          **options)
+        self.register("type", int, whole)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -361,21 +371,16 @@ def prepare_openwebtext(limit=None, source=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def token_count(text):
-    with contextlib.suppress(ValueError):
-        if 1 <= float(text) < 1e15:
-            return int(float(text))
-    raise argparse.ArgumentTypeError(f"{text} must be a number, at least 1, for example 1e9")
-
-
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("source", metavar="NAME", help=f"{', '.join(SOURCES)}, openwebtext, or the path of a UTF-8 text file")
     parser.add_argument("--tokenizer", choices=("char", "gpt2"), help="for a text of your own (default: char)")
-    parser.add_argument("--tokens", type=token_count, help="openwebtext: stop after so many (default: all, 9 billion, 18 GB)")
+    parser.add_argument("--tokens", type=int, help="openwebtext: stop after so many (default: all, 9 billion, 18 GB)")
     parser.add_argument("--source", dest="file", metavar="FILE", help="openwebtext: read a .parquet file (column 'text') or a text "
                         "file (documents between empty lines) instead of the Hub")
     args = parser.parse_args(argv)
+    if args.tokens is not None and args.tokens < 1:
+        parser.error(f"--tokens={args.tokens} must be at least 1, for example 1e9")
     path, named = Path(args.source), args.source in (*SOURCES, "openwebtext")
     if args.tokenizer and named:
         parser.error(f"--tokenizer={args.tokenizer} is for a text of your own, and {args.source} has its tokenizer; leave it out"

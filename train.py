@@ -775,7 +775,7 @@ def sweep(runs, workers):
     waiting = [folder for folder in runs if steps_done(folder) < steps[folder]]
     on_gpu = torch.cuda.is_available() and not any(given.get("device") == "cpu" for given in runs.values())
     workers = workers or (4 if on_gpu else cores)
-    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished; {workers} at a time", flush=True)
+    print(f"runs: {len(runs)}, of them finished: {len(runs) - len(waiting)}, at a time: {workers}", flush=True)
     interrupt, progress = Interrupt(), Progress(sum(steps.values()), sum(map(steps_done, runs)))
     with ThreadPoolExecutor(workers) as pool:
         jobs = {pool.submit(train_apart, runs[folder], folder, max(1, cores // workers), interrupt): folder for folder in waiting}
@@ -798,7 +798,8 @@ def sweep(runs, workers):
         sys.exit(f"stopped; {left} of {len(runs)} runs are to be finished: start the same command again")
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed; read {failed[0] / 'output.txt'}, mend it, and start the same command again")
-    print(f"all {len(runs)} runs are finished; what they say: python train.py --report --out={next(iter(runs)).parent}")
+    seconds = sum(logged(folder)[-1]["seconds"] for folder in runs)
+    print(f"all are finished, after {clock(seconds)} of training; what they say: python train.py --report --out={next(iter(runs)).parent}")
 
 
 @torch.no_grad()
@@ -1037,7 +1038,7 @@ def report(out, needed=False):
     progress.clear()
     if not runs or needed and not found:
         raise UserError(f"there is no folder of a finished run in {out}/; train some first: python train.py --attention=all --pos=all --seeds=5")
-    print(f"{len(runs)} runs: {found} finished ones in {out}/, and {len(runs) - found} others of the {stored} that {path} had")
+    print(f"runs: {len(runs)}; finished ones in {out}/: {found}; others, of the {stored} that {path} had: {len(runs) - found}")
 
     def kind(run):
         return run["preset"], run["dataset"]

@@ -396,7 +396,7 @@ def test_a_sweep_is_stopped_and_goes_on(folder, capsys):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and out.startswith("2 runs, 0 of them finished; 2 at a time")
+    assert process.returncode == 1 and out.startswith("runs: 2, of them finished: 0, at a time: 2\n")
     assert errors.strip().splitlines()[-1] == "stopped; 2 of 2 runs are to be finished: start the same command again"
     stopped = next(Path("out").glob("sweep/*/best.pt")).parent
     assert 250 <= checkpoint(stopped)["step"] < 2000
@@ -408,7 +408,7 @@ def test_a_sweep_is_stopped_and_goes_on(folder, capsys):
     assert log("out/single") == log(stopped) and len(log(stopped)) == 8
     capsys.readouterr()
     assert call("train", *flags, "--attention=qkv,qv") is None
-    assert capsys.readouterr().out.startswith("2 runs, 2 of them finished")
+    assert capsys.readouterr().out.startswith("runs: 2, of them finished: 2")
 
 
 def test_a_sweep_gives_a_flag_for_one_attention_to_that_one():
@@ -515,7 +515,7 @@ def test_a_report_of_known_numbers(folder, capsys):
                  "| agf | qv | 4 | 26.4225 ± 48.3859 | 2 | 26.5225 ± 48.3859 | **+0.0300 ± 0.0000** | 1 | 2 | 3 | 8 |  |"):
         assert line in text, line
     assert "**gpu preset, some**" in text and "**cpu preset, tiny, batch_size=4, " in text
-    assert f"{len(records) + 1} runs: 1 finished ones in out/, and {len(records)} others" in capsys.readouterr().out
+    assert f"runs: {len(records) + 1}; finished ones in out/: 1; others, of the {len(records)} that " in capsys.readouterr().out
     stored = json.loads(Path("assets/results.json").read_text())
     assert len(stored) == len(records) + 1 and all(record in stored for record in records)
     assert call("train", "--report", "--out=out") is None and json.loads(Path("assets/results.json").read_text()) == stored
@@ -532,6 +532,8 @@ def test_the_readme_shows_what_the_stored_runs_say(tmp_path, monkeypatch):
     assert results in readme
     quoted = re.findall(r"[+-]?\d\.\d{4} ± \d\.\d{4}", readme.replace(results, ""))
     assert len(quoted) > 10 and all(figure in results for figure in quoted)
+    plain = [run for run in json.loads(Path("assets/results.json").read_text()) if not run["flags"]]
+    assert f"# {len(plain)} runs, {prepare.clock(sum(run['log'][-1][2] for run in plain))} of training" in readme
 
 
 # sample.py ------------------------------------------------------------------------------------------------------------
@@ -644,7 +646,9 @@ MISUSE = [
     ("train", ["--report"], "dict for results", "assets/results.json is damaged (a dict, not a list)"),
     ("train", [*NEW, "--kernel=cuda"], None, "invalid choice: 'cuda'"),
     ("sample", ["--benchmark", "--kernel=triton"], None, "the kernel's own benchmark is python kernel.py"),
-    ("train", [*NEW, "--n_layer=two"], None, "argument --n_layer: invalid int value: 'two'"),
+    ("train", [*NEW, "--n_layer=two"], None, "argument --n_layer: two must be a whole number below 2**63, for example 1000 or 1e3"),
+    ("train", [*NEW, "--max_steps=2.5"], None, "argument --max_steps: 2.5 must be a whole number"),
+    ("train", [*NEW, "--n_embd=1e30"], None, "argument --n_embd: 1e30 must be a whole number below 2**63"),
     ("train", [*NEW, "--n_layer=0"], None, "--n_layer=0 must be at least 1"),
     ("train", [*NEW, "--n_head=3"], None, "--n_embd=16 must be a multiple of n_head=3, for example 18"),
     ("train", [*NEW, "--attention=gqa", "--n_kv_head=5"], None, "--n_kv_head=5 must divide n_head=2"),
@@ -699,9 +703,9 @@ MISUSE = [
     ("prepare", ["pydoc.txt"], "taken name", "would overwrite the data set 'pydoc'"),
     ("prepare", ["tiny.txt", "--tokens=5"], None, "--tokens=5 is for openwebtext, and this is tiny.txt; leave it out"),
     ("prepare", ["shakespeare_char", "--tokenizer=gpt2"], None, "has its tokenizer; leave it out, or take the name shakespeare"),
-    ("prepare", ["openwebtext", "--tokens=-5"], None, "-5 must be a number, at least 1, for example 1e9"),
-    ("prepare", ["openwebtext", "--tokens=inf"], None, "inf must be a number"),
-    ("prepare", ["openwebtext", "--tokens=many"], None, "many must be a number"),
+    ("prepare", ["openwebtext", "--tokens=-5"], None, "--tokens=-5 must be at least 1, for example 1e9"),
+    ("prepare", ["openwebtext", "--tokens=inf"], None, "inf must be a whole number"),
+    ("prepare", ["openwebtext", "--tokens=many"], None, "many must be a whole number"),
     ("prepare", ["tiny.txt", "--tokenizer=words"], None, "invalid choice: 'words'"),
     ("sample", ["--out=out/nowhere"], None, "there is no checkpoint out/nowhere/last.pt"),
     ("sample", [], "no runs", "there is no run in out/"),
