@@ -131,24 +131,33 @@ else:
 
 
 @jit
-def score(x, y, x_ctx, y_ctx, distance, slope, E: tl.constexpr, DECAY: tl.constexpr, DIAGONAL: tl.constexpr):
-    """s_ij sqrt(D) of a tile, and log2(1 + i - j). x are the queries and y the tokens, or the other way round."""
+def score(x, y, x_ctx, y_ctx, span, slope, E: tl.constexpr, DECAY: tl.constexpr, DIAGONAL: tl.constexpr):
+    """s_ij sqrt(D) of a tile, and log2 of its spans, 1 + i - j. x are the queries and y the tokens, or the other way round."""
     s = dot(x, tl.trans(y), None)
     if E > 0:
         s = dot(x_ctx, tl.trans(y_ctx), s)
     log_r = 0.0
     if DECAY:
-        # `distance` is a float: the subtraction is exact, and converting integers is slow on a GPU.
-        log_r = log2(1.0 + (tl.maximum(distance, 0.0) if DIAGONAL else distance))
+        log_r = log2(tl.maximum(span, 1.0) if DIAGONAL else span)
         s -= slope * log_r
     if DIAGONAL:                                                                # only here does a query meet the future
-        s = tl.where(distance >= 0, s, -float("inf"))
+        s = tl.where(span > 0, s, -float("inf"))
     return s, log_r
 
 
 @jit
 def positions(start, N: tl.constexpr):
+    """As floats, whose differences are exact: to convert integers, tile after tile, is slow on a GPU."""
     return (start + tl.arange(0, N)).to(tl.float32)
+
+
+@jit
+def spans(i, j0, N: tl.constexpr, DECAY: tl.constexpr):
+    """1 + i - j for N tokens from j0 on, (M, N), above 0 where the query sees the token; i, (M, 1), is counted from 1."""
+    if DECAY:                                                     # in every tile: worth registers for the columns' numbers
+        return i - j0 - positions(0, N)[None, :]
+    else:
+        return i - positions(j0, N)[None, :]
 
 
 @jit
@@ -157,8 +166,7 @@ def attend(acc, top, total, q, q_ctx, i, slope, v, ctx, b, h, j0, stop, scale, D
     """Adds N tokens to a running softmax: acc (M, D), and its highest score and sum of exponentials so far, (M, 1)."""
     v_tile = load(v, b, h, j0, stop, N, D, EDGE=DIAGONAL, HEADS=HEADS)               # (N, D), the only load of V
     ctx_tile = load(ctx, b, 0, j0, stop, N, E, EDGE=DIAGONAL)                        # (N, E)
-    distance = i - positions(j0, N)[None, :]
-    s, _ = score(q, v_tile, q_ctx, ctx_tile, distance, slope, E, DECAY, DIAGONAL)    # (M, N)
+    s, _ = score(q, v_tile, q_ctx, ctx_tile, spans(i, j0, N, DECAY), slope, E, DECAY, DIAGONAL)            # (M, N)
     new_top = tl.maximum(top, tl.max(s, 1, keep_dims=True))
     p = tl.exp2(s * scale - new_top * scale)
     shrink = tl.exp2((top - new_top) * scale)
@@ -168,7 +176,8 @@ def attend(acc, top, total, q, q_ctx, i, slope, v, ctx, b, h, j0, stop, scale, D
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Forward: one program per head and M queries, which walks over the tokens that they see. Each loop body is compiled
-# twice: for the tiles that all of the queries see, without masks, and for those on the diagonal.
+# twice: first come the tiles on the diagonal, in which each query sees a token at least, then, without masks, those that
+# all of the queries see. (The other way round, the compiler has Hopper's tensor cores wait after each single product.)
 
 
 @jit
@@ -179,18 +188,19 @@ def sequence_and_head(H):
 
 @jit
 def queries(q, q_ctx, decay, T, S, H, scale, D: tl.constexpr, E: tl.constexpr, DECAY: tl.constexpr, M: tl.constexpr):
-    """A program's sequence, head, first query and, (M, .), their positions, two halves, and the decay's slope."""
+    """A program's sequence, head, first query and, (M, .), their positions from 1, two halves, and the decay's slope."""
     b, h = sequence_and_head(H)
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * M                        # those that see most tokens start first
     slope = tl.load(decay + h).to(tl.float32) / scale if DECAY else 0.0
-    return (b, h, t0, positions(S - T + t0, M)[:, None],
+    return (b, h, t0, positions(S - T + t0 + 1, M)[:, None],
             load(q, b, h, t0, T, M, D), load(q_ctx, b, h, t0, T, M, E), slope)
 
 
 @jit
 def seen(t0, T, S, M: tl.constexpr, N: tl.constexpr):
-    """All of M queries see the tokens below the first of these numbers, a multiple of N, and none those from the second."""
-    return (S - T + t0 + 1) // N * N, tl.minimum(S - T + t0 + M, S)
+    """The diagonal's tiles begin at the first of these numbers, a multiple of N, a token that each of M queries sees as it
+    sees all before, and end below the second, from which on none sees any."""
+    return (S - T + t0) // N * N, tl.minimum(S - T + t0 + M, S)
 
 
 @jit
@@ -200,7 +210,7 @@ def forward_kernel(q, v, q_ctx, ctx, decay, out, lse, T, S, H, scale,
     acc = tl.zeros([M, D], tl.float32)
     top, total = tl.full([M, 1], -float("inf"), tl.float32), tl.zeros([M, 1], tl.float32)
     full, end = seen(t0, T, S, M, N)
-    for DIAGONAL in tl.static_range(2):
+    for DIAGONAL in tl.static_range(1, -1, -1):
         for j0 in range(full if DIAGONAL else 0, end if DIAGONAL else full, N):
             acc, top, total = attend(acc, top, total, q_tile, q_ctx_tile, i, slope, v, ctx, b, h, j0, S, scale,
                                      D, E, DECAY, N, DIAGONAL)
@@ -218,7 +228,7 @@ def delta_kernel(out, d_out, delta, T, H, D: tl.constexpr, M: tl.constexpr):
     b, h = sequence_and_head(H)
     t0 = tl.program_id(1) * M
     product = load(out, b, h, t0, T, M, D).to(tl.float32) * load(d_out, b, h, t0, T, M, D).to(tl.float32)
-    store(delta, tl.sum(product, 1, keep_dims=True), b, h, t0, T, M, 1)
+    store(delta, tl.sum(product, 1, keep_dims=True) * D**-0.5, b, h, t0, T, M, 1)    # divided by sqrt(D), as all `ds` are
 
 
 @jit
@@ -241,12 +251,12 @@ def token_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_v, d_ctx
             q_tile = load(q, b, h, t0, T, M, D)                                      # (M, D)
             q_ctx_tile = load(q_ctx, b, h, t0, T, M, E)                              # (M, E)
             d_out_tile = load(d_out, b, h, t0, T, M, D)                              # (M, D)
-            distance = positions(S - T + t0, M)[None, :] - j
-            s, _ = score(v_tile, q_tile, ctx_tile, q_ctx_tile, distance, slope, E, DECAY, DIAGONAL)        # (N, M)
+            span = positions(1, M)[None, :] - (j - (S - T + t0))                     # 1 + i - j
+            s, _ = score(v_tile, q_tile, ctx_tile, q_ctx_tile, span, slope, E, DECAY, DIAGONAL)            # (N, M)
             p = tl.exp2(s * scale - tl.trans(load(lse, b, h, t0, T, M, 1)))
             d_v_tile = dot(p, d_out_tile, d_v_tile)                                  # as a value ...
             d_p = dot(v_tile, tl.trans(d_out_tile), None)
-            ds = p * (d_p * D**-0.5 - tl.trans(load(delta, b, h, t0, T, M, 1)) * D**-0.5)
+            ds = p * (d_p * D**-0.5 - tl.trans(load(delta, b, h, t0, T, M, 1)))
             d_v_tile = dot(ds, q_tile, d_v_tile)                                     # ... and as a key, in the same sum
             if E > 0:
                 d_ctx_tile = dot(ds, q_ctx_tile, d_ctx_tile)
@@ -264,24 +274,23 @@ def query_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_q, d_q_c
     d_q_tile, d_a = tl.zeros([M, D], tl.float32), tl.zeros([M, 1], tl.float32)
     d_q_ctx_tile = tl.zeros([M, E], tl.float32) if E > 0 else 0.0
     full, end = seen(t0, T, S, M, N)
-    for DIAGONAL in tl.static_range(2):
+    for DIAGONAL in tl.static_range(1, -1, -1):
         for j0 in range(full if DIAGONAL else 0, end if DIAGONAL else full, N):
             v_tile = load(v, b, h, j0, S, N, D, EDGE=DIAGONAL)                       # (N, D)
             ctx_tile = load(ctx, b, 0, j0, S, N, E, EDGE=DIAGONAL)                   # (N, E)
-            distance = i - positions(j0, N)[None, :]
-            s, log_r = score(q_tile, v_tile, q_ctx_tile, ctx_tile, distance, slope, E, DECAY, DIAGONAL)    # (M, N)
+            s, log_r = score(q_tile, v_tile, q_ctx_tile, ctx_tile, spans(i, j0, N, DECAY), slope, E, DECAY, DIAGONAL)
             p = tl.exp2(s * scale - lse_tile)
-            ds = p * (dot(d_out_tile, tl.trans(v_tile), None) - delta_tile)
+            ds = p * (dot(d_out_tile, tl.trans(v_tile), None) * D**-0.5 - delta_tile)
             d_q_tile = dot(ds, v_tile, d_q_tile)
             if E > 0:
                 d_q_ctx_tile = dot(ds, ctx_tile, d_q_ctx_tile)
             if DECAY:
                 d_a += tl.sum(ds * log_r, 1, keep_dims=True)
 
-    store(d_q, d_q_tile * D**-0.5, b, h, t0, T, M, D)
-    store(d_q_ctx, d_q_ctx_tile * D**-0.5, b, h, t0, T, M, E)
+    store(d_q, d_q_tile, b, h, t0, T, M, D)
+    store(d_q_ctx, d_q_ctx_tile, b, h, t0, T, M, E)
     if DECAY:
-        store(d_decay, d_a, b, h, t0, T, M, 1)                                       # times -ln 2, summed: in PyTorch
+        store(d_decay, d_a, b, h, t0, T, M, 1)                                       # times -ln 2 sqrt(D), summed: in PyTorch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,7 +328,7 @@ def decode_kernel(q, v, q_ctx, ctx, decay, lengths, out, lse, S, H, scale,
     acc = tl.zeros([16, HEADS * D], tl.float32)
     top, total = tl.full([16, 1], -float("inf"), tl.float32), tl.zeros([16, 1], tl.float32)
     for j0 in range(start, stop, N):
-        acc, top, total = attend(acc, top, total, q_tile, q_ctx_tile, (length - 1).to(tl.float32), slope, v, ctx, b, h,
+        acc, top, total = attend(acc, top, total, q_tile, q_ctx_tile, length.to(tl.float32), slope, v, ctx, b, h,
                                  j0, stop, scale, D, E, DECAY, N, True, HEADS)
     acc /= tl.where(total > 0, total, 1.0)                                        # an empty part is zeros with weight 0
     mine = tl.sum(tl.where(diagonal, acc, 0.0), 0, keep_dims=True)                   # (1, HEADS D)
@@ -340,8 +349,10 @@ def merge_kernel(out, lse, merged, H, n_split, D: tl.constexpr, PARTS: tl.conste
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching them.
 
-TILES = {   # by kernel and whether on Hopper, for D + E up to 64, up to 128 and beyond: M, N, warps and pipeline stages
-    ("forward_kernel", True): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+# By kernel and whether on Hopper, where D + E is up to 64, where D and E are, and beyond: M, N, warps, pipeline stages and,
+# so that two programs fit one multiprocessor, the most registers that a thread may take.
+TILES = {
+    ("forward_kernel", True): ((128, 64, 8, 3, 128), (128, 64, 8, 3, 128), (128, 64, 8, 3)),
     ("forward_kernel", False): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
     ("query_backward_kernel", True): ((64, 64, 4, 3), (64, 64, 4, 3), (128, 32, 8, 2)),
     ("query_backward_kernel", False): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
@@ -351,12 +362,13 @@ TILES = {   # by kernel and whether on Hopper, for D + E up to 64, up to 128 and
 
 
 def tiles(kernel, dtype, D, E, hopper):
-    """A kernel's M, N, warps and stages: by rule, so that no first call waits for a search. With 16 bits next to none spills."""
+    """A kernel's M, N, warps and so on: by rule, so that no first call waits for a search. With 16 bits next to none spills."""
     if kernel == "decode_kernel":
         return dict(N=16 if dtype == torch.float32 else 64, num_warps=4, num_stages=3 if hopper else 2)
     if dtype == torch.float32:                          # exact float32 has no tensor cores, so its tiles take registers
         return dict(M=16, N=16, num_warps=4, num_stages=1)
-    return dict(zip(("M", "N", "num_warps", "num_stages"), TILES[kernel, hopper][(D + E > 64) + (D + E > 128)]))
+    column = 2 if max(D, E) > 64 else 1 if D + E > 64 else 0
+    return dict(zip(("M", "N", "num_warps", "num_stages", "maxnreg"), TILES[kernel, hopper][column]))
 
 
 def options(kernel, dtype, capability, widths):
@@ -410,7 +422,7 @@ def backward(d_out, q, v, q_ctx, ctx, decay, out, lse, launch=launch):
     d_decay = None if decay is None else torch.empty_like(lse)
     launch(query_backward_kernel, lambda config: (B * H, triton.cdiv(T, config["M"])), *inputs,
            *strided(lse, d_out, delta, d_q, d_q_ctx, d_decay), *sizes, **widths)
-    d_decay = None if decay is None else (d_decay.sum((0, 1)) * -math.log(2)).type_as(decay)
+    d_decay = None if decay is None else (d_decay.sum((0, 1)) * -math.log(2) * math.sqrt(D)).type_as(decay)
     return tuple(q.new_empty(0) if x is None else x for x in (d_q, d_v, d_q_ctx, d_ctx, d_decay))
 
 
@@ -464,9 +476,8 @@ def save(ctx, inputs, output):
 
 
 def differentiate(ctx, d_out, _):
-    inputs = ctx.saved_tensors[:5]
-    gradients = attention_backward_op(d_out, *ctx.saved_tensors)
-    return tuple(None if x is None else d_x for x, d_x in zip(inputs, gradients))
+    saved = ctx.saved_tensors                                                        # looked at once, as checkpointing demands
+    return tuple(None if x is None else d_x for x, d_x in zip(saved, attention_backward_op(d_out, *saved)))
 
 
 attention_op.register_autograd(differentiate, setup_context=save)
@@ -480,7 +491,7 @@ def qv_attention(q, v, q_ctx=None, ctx=None, decay=None):
     """Causal attention over values and, if given, contexts, differentiable in all five (equations: top of this file).
 
     q       (B, T, H, D)  queries; query t stands at position S - T + t and sees the tokens up to there
-    v       (B, S, H, D)  what is remembered of S >= T tokens, below 2^20; D is 16, 32, 64 or 128
+    v       (B, S, H, D)  what is remembered of S >= T tokens, below 10^6; D is 16, 32, 64 or 128
     q_ctx   (B, T, H, E)  the half of the query that asks for contexts; E is 16, 32, 64 or 128. Without it and ctx: QV
     ctx     (B, S, E)     contexts, shared by the heads
     decay   (H,)          exponents a_h > 0 of the power law by which distance counts; without them it does not
@@ -518,7 +529,7 @@ def refuse(name, value, rule):
 
 
 LEAST_TRITON = "3.4"                                                                 # passes tuples to kernels as they are here
-MOST = {"T": 2**20, "S": 2**20, "H": 2**16}                                          # float32 positions, 32-bit offsets in a tile
+MOST = {"T": 10**6, "S": 10**6, "H": 2**16}                         # float32 positions, a grid's size, 32-bit offsets in a tile
 
 
 def check_shape(name, x, letters, sizes):

@@ -51,17 +51,18 @@ class Absent:
 
 def compiled(arch, function, *args, **constants):
     """Compiles a kernel as for a launch with these arguments. A row for the report: registers and spilled bytes of a
-    thread, bytes of shared memory, and the number of wgmma instructions (Hopper's tensor cores) in the PTX."""
+    thread, bytes of shared memory, the number of wgmma instructions (Hopper's tensor cores) in the PTX, and of waits for
+    them in the machine code, as many as there are instructions where the assembler did not dare to let them overlap."""
     options = kernel.options(function.__name__, args[0][0].dtype, arch // 10, constants)
     binary = function.warmup(*args, **options, grid=(1,))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(binary.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, spilled = (int(re.search(rf"{name}:(\d+)", dump)[1]) for name in ("REG", "STACK"))
     return dict(kernel=function.__name__, tile=" x ".join(str(options[name]) for name in "MN" if name in options),
                 warps=binary.metadata.num_warps, stages=binary.metadata.num_stages, registers=registers, spilled=spilled,
-                shared=binary.metadata.shared, wgmma=binary.asm["ptx"].count("wgmma.mma_async"))
+                shared=binary.metadata.shared, wgmma=binary.asm["ptx"].count("wgmma.mma_async"), waits=dump.count("WARPGROUP.DEPBAR"))
 
 
 def compile_report(arch, D, E, decay, dtype=DTYPE):
@@ -80,11 +81,11 @@ def compile_report(arch, D, E, decay, dtype=DTYPE):
 
 
 def print_compile_report():
-    form = "{:>4} {:>4} {:>5} {:>5}  {:21} {:>8} {:>5} {:>6} {:>9} {:>7} {:>6} {:>5}"
+    form = "{:>4} {:>4} {:>5} {:>5}  {:21} {:>8} {:>5} {:>6} {:>9} {:>7} {:>6} {:>5} {:>5}"
     cases = list(product((80, 90), (64, 128), ((0, False), (0, True), (64, True), (128, True))))
     print(f"""{str(DTYPE).removeprefix('torch.')}; arch 80: A100, 90: H100 and H200; D: head width; d_ctx: 0 is QV, else QV-Ka; tile: queries x tokens;
 registers and spilled bytes of a thread; bytes of shared memory; wgmma: instructions for Hopper's tensor cores (decoding
-takes mma, and so few heads at once that a row of their values is 256 wide, whatever D)
+takes mma, and so few heads at once that a row of their values is 256 wide, whatever D); waits: for them, the fewer the better
 """)
     progress, spilling = Progress(len(cases)), []
     for done, (arch, D, (E, decay)) in enumerate(cases, 1):
