@@ -584,5 +584,6 @@ if __name__ == "__main__":
     sys.modules["kernel"] = sys.modules["__main__"]                                  # what the benchmark imports is this
     sys.path.insert(0, str(Path(__file__).parent / "tests"))
     from benchmark import main
+    from prepare import run
 
-    main()
+    run(main)

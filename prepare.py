@@ -63,6 +63,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+def named(flags):
+    """Flags in a sentence."""
+    return ", ".join(f"--{flag}" for flag in sorted(flags))
+
+
 class Progress:
     """A line on standard error that says how far something is and how long it will still take: rewritten in place on a
     terminal, printed every half minute elsewhere."""
@@ -221,7 +226,8 @@ def load(name):
     if not name or name != Path(name).name:
         raise UserError(f"--dataset={name} must be the name of a folder in {DATA}/, without a path")
     known = name in (*SOURCES, "openwebtext")
-    folder, again = DATA / name, f"run: python prepare.py {name if known else shlex.quote(f'PATH/{name}.txt')}"
+    source = name if known else shlex.quote(f"PATH/{name.removesuffix('.txt')}.txt")
+    folder, again = DATA / name, f"run: python prepare.py {source}"
     try:
         meta = json.loads((folder / "meta.json").read_text())
         meta["sha256"], meta["tokens"]["train"], meta["tokens"]["val"]               # a KeyError, if it has none

@@ -20,8 +20,8 @@ from statistics import median
 import torch
 
 from model import ATTENTIONS, POSITIONS, GPT, GPTConfig
-from prepare import Parser, UserError, reason, run, tokenizer_from
-from train import autocast, cache_bytes, choose_device, choose_dtype, choose_kernel, load_checkpoint, newest_run, pyplot, write
+from prepare import Parser, UserError, named, reason, run, tokenizer_from
+from train import autocast, best_checkpoint, cache_bytes, choose_device, choose_dtype, choose_kernel, load_checkpoint, newest_run, pyplot, write
 
 
 def parse(argv=None):
@@ -52,12 +52,12 @@ def parse(argv=None):
             parser.error(f"--{name}={value} must be at least {least} and below 2**63")
     if args.prompt is not None and args.prompt_file is not None:
         parser.error("--prompt and --prompt_file exclude each other; give one")
-    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    changed = {f"no-{name}" if value is False else name for name, value in vars(args).items() if value != parser.get_default(name)}
     if args.benchmark and (idle := changed - {"benchmark", "device", "dtype", "seed"}):
-        parser.error(f"--benchmark compares untrained models, written in PyTorch, so leave --{min(idle)} out; the kernel's own "
+        parser.error(f"--benchmark compares untrained models, written in PyTorch, so leave {named(idle)} out; the kernel's own "
                      "benchmark is python kernel.py")
-    if args.attention_map and (idle := changed & {"num_samples", "max_new_tokens", "temperature", "top_k", "seed", "cache"}):
-        parser.error(f"--attention_map draws the prompt and writes no text, so leave --{min(idle)} out")
+    if args.attention_map and (idle := changed & {"num_samples", "max_new_tokens", "temperature", "top_k", "seed", "no-cache"}):
+        parser.error(f"--attention_map draws the prompt and writes no text, so leave {named(idle)} out")
     if args.attention_map and args.attention_map.suffix != ".png":
         parser.error(f"--attention_map={args.attention_map} must end in .png")
     return args
@@ -172,8 +172,7 @@ def main(argv=None):
     if args.benchmark:
         return benchmark(GPTConfig(block_size=1024), device, context)
     out = args.out or newest_run()
-    best, last = out / "best.pt", out / "last.pt"
-    checkpoint, model = load_checkpoint(best if best.exists() else last, device)
+    checkpoint, model = load_checkpoint(best_checkpoint(out), device)
     kernel = choose_kernel(args.kernel, model.eval(), context)
     tokenizer = tokenizer_from(checkpoint["tokenizer"])
     prompt = read_prompt(args, tokenizer)

@@ -43,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare
 from model import ATTENTIONS, POSITIONS, GPT, GPTConfig, option
-from prepare import Parser, Progress, UserError, clock, reason
+from prepare import Parser, Progress, UserError, clock, named, reason
 
 OUT = Path("out")
 SWEEP = OUT / "sweep"
@@ -75,7 +75,7 @@ class TrainConfig:
     dtype: str = option("auto", "of matrix products (auto: bfloat16 where a CUDA device has it, else float32)",
                         ("auto", "float32", "bfloat16"))
     kernel: str = option("auto", "what computes qv and qv_ka: torch, or triton: the fused kernel of kernel.py, on CUDA, without dropout "
-                         "(auto: where it was measured to be faster, which is nowhere yet)", ("auto", "torch", "triton"))
+                         "(auto: where it was measured to be faster; nowhere yet, so torch)", ("auto", "torch", "triton"))
     compile: bool | None = option(None, "torch.compile the model (default: on CUDA only)")
     batch_size: int = option(64, "sequences in one optimizer step, over all processes and accumulation steps together")
     micro_batch_size: int | None = option(None, "sequences in one forward pass on one device: lower it if memory runs out; "
@@ -365,8 +365,8 @@ def write(path, write_to):
     except (OSError, RuntimeError) as error:                                         # torch.save raises either
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({reason(error)}); what was saved before is intact: make room, or "
-                        "fix the permissions, and try again") from None
+        raise UserError(f"{path} could not be written ({reason(error)}); what was saved before is intact: make room, "
+                        "fix the permissions, or name another place, and try again") from None
 
 
 # What a checkpoint holds. `losses` is the training loss of every step so far; `log` is what log.jsonl has.
@@ -385,13 +385,19 @@ def load_checkpoint(path, device="cpu"):
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"there is no checkpoint {path}; --out takes the folder of a run that has been trained, for example by python "
-                        f"train.py --out={path.parent}") from None
+        runs = sorted(path.parent.rglob("last.pt"))
+        raise UserError(f"there is no checkpoint {path}; --out takes the folder of a run that train.py has made"
+                        + (f", for example {runs[0].parent}" if runs else "")) from None
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile,
             pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged, or its model is not one of this model.py ({type(error).__name__}: {reason(error)}); copy the "
                         "other of last.pt and best.pt over it, or train again") from None
     return checkpoint, model.to(device)
+
+
+def best_checkpoint(out):
+    """A run's best.pt; its last.pt where it was stopped before it was ever validated."""
+    return out / ("best.pt" if (out / "best.pt").exists() else "last.pt")
 
 
 def count_parameters(model, part=""):
@@ -593,7 +599,7 @@ class Run:
         check_same_data(checkpoint, meta, self.out)
         if self.step >= self.train.max_steps:
             self.write_log()                                                         # in case it was stopped just before
-            raise UserError(f"{self.out} is at step {self.step} of {self.train.max_steps} already; to train on, raise --max_steps")
+            raise UserError(f"{self.out} is at step {self.step} already; to train on, raise --max_steps={self.train.max_steps}")
         return model
 
     def check_fit(self, config):
@@ -602,8 +608,10 @@ class Run:
         share, rest = divmod(train.batch_size, world)
         if rest or share % (train.micro_batch_size or share):
             micro = train.micro_batch_size or 1
-            raise UserError(f"--batch_size={train.batch_size} must be a multiple of --micro_batch_size={micro} times the number of "
-                            f"processes, {world}; take for example --batch_size={-(-train.batch_size // (micro * world)) * micro * world}")
+            rule = f"--batch_size={train.batch_size} must be a multiple of --micro_batch_size={micro} times the number of processes, {world}"
+            if micro > share > 0 == rest:
+                raise UserError(f"{rule}; lower --micro_batch_size, to {share} at most")
+            raise UserError(f"{rule}; take for example --batch_size={-(-train.batch_size // (micro * world)) * micro * world}")
         if len(self.splits["train"]) <= config.block_size:
             raise UserError(f"--block_size={config.block_size} needs more than its {len(self.splits['train'])} training tokens; "
                             "take a smaller one, or more text")
@@ -799,16 +807,14 @@ def sweep(runs, workers):
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed; read {failed[0] / 'output.txt'}, mend it, and start the same command again")
     seconds = sum(logged(folder)[-1]["seconds"] for folder in runs)
-    print(f"all are finished, after {clock(seconds)} of training; what they say: python train.py --report --out={next(iter(runs)).parent}")
+    print(f"all are finished, after {clock(seconds)} of training, all together; what they say: python train.py --report --out={next(iter(runs)).parent}")
 
 
 @torch.no_grad()
 def eval_only(folder, device, block_size):
     """Validates a run's best.pt in windows of block_size tokens, otherwise as in its training; prints the loss and adds it to
     the run's eval.json, {block_size: loss}. Raises UserError where the positions, or the data, end before block_size."""
-    if not (folder / "best.pt").exists():
-        raise UserError(f"{folder} holds no best.pt; name a run by --out, or a sweep by all the flags that it was trained with")
-    checkpoint, model = load_checkpoint(folder / "best.pt")
+    checkpoint, model = load_checkpoint(best_checkpoint(folder))
     config, stored = model.config, TrainConfig(**checkpoint["train_config"])
     block_size = block_size or config.block_size
     if block_size > config.block_size:
@@ -918,6 +924,7 @@ class Sweep:
             label = " ".join([run["attention"], *(flag for flag in run["flags"] if flag not in common)])
             self.groups.setdefault((run["pos"], label), {})[run["seed"]] = run
         self.positions, self.labels = (list(dict.fromkeys(names)) for names in zip(*self.groups))
+        self.compared = [group for group in self.groups if group[1].split()[0] != "qkv" and self.gap(*group)]
         self.lengths = sorted({int(length) for run in runs for length in run["val_loss_by_length"]})
         self.lengthened = [group for group in self.groups if any(self.at_length(*group, length) for length in self.lengths)]
 
@@ -975,7 +982,7 @@ class Sweep:
     def draw(self, figure):
         """Above, the paired gaps to QKV; below, how they develop in the first fifth of training. A column for each kind of
         positions; bars and bands are standard errors, faint dots the seeds."""
-        labels = [label for label in self.labels if label.split()[0] != "qkv"]
+        labels = list(dict.fromkeys(label for _, label in self.compared))
         axes = figure.subplots(2, len(self.positions), sharex="row", sharey="row", squeeze=False, height_ratios=(len(labels) / 8 + 0.5, 1))
         for pos, above, below in zip(self.positions, *axes):
             for row, label in enumerate(labels):
@@ -998,7 +1005,9 @@ class Sweep:
             below.grid(alpha=0.3)
         axes[0, 0].invert_yaxis()
         axes[1, 0].set(ylabel="training loss minus QKV's")
-        axes[1, -1].legend(fontsize="small", ncols=2)
+        lines = {line.get_label(): line for axis in axes[1] for line in axis.get_legend_handles_labels()[0]}
+        if lines:
+            axes[1, -1].legend(lines.values(), lines.keys(), fontsize="small", ncols=2)
 
     def draw_lengths(self, figure):
         """Validation loss in longer windows than the models were trained on; bars are standard deviations."""
@@ -1049,13 +1058,14 @@ def report(out, needed=False):
     lines = ",\n".join(json.dumps(run) for sweep in sweeps for group in sweep.groups.values() for run in group.values())
     write(path, lambda temporary: temporary.write_text(f"[\n{lines}\n]\n"))
     write(ASSETS / "results.md", lambda temporary: temporary.write_text(text))
-    draw(ASSETS / "results.png", [sweep for sweep in sweeps if len(sweep.labels) > 1], Sweep.draw, 6.5)
+    draw(ASSETS / "results.png", [sweep for sweep in sweeps if sweep.compared], Sweep.draw, 6.5)
     draw(ASSETS / "lengths.png", [sweep for sweep in sweeps if sweep.lengthened], Sweep.draw_lengths, 3.5)
-    print(f"\n{text}\nwritten: results.json, results.md and pictures in {ASSETS}/")
+    print(f"\n{text}\nwritten: {', '.join(path.name for path in sorted(ASSETS.glob('results.*')) + sorted(ASSETS.glob('lengths.png')))} in {ASSETS}/")
 
 
 def draw(path, sweeps, method, height):
-    """Draws sweeps, if there are any, one below the other."""
+    """Draws sweeps one below the other; where there is none, an older picture goes."""
+    path.unlink(missing_ok=True)
     if sweeps:
         plt = pyplot()
         figure = plt.figure(figsize=(10, height * len(sweeps)), layout="constrained")
@@ -1092,7 +1102,7 @@ def main(argv=None):
         raise UserError("torchrun is for training one run; start this with python, and a sweep with --workers")
     if task.report:
         if idle := given.keys() - {"out"} | {name for name in ("seeds", "workers") if getattr(task, name)}:
-            raise UserError(f"--report takes every finished run of --out, so leave --{min(idle)} out")
+            raise UserError(f"--report takes every finished run of --out, so leave {named(idle)} out")
         return report(Path(given.get("out", SWEEP)), needed="out" in given)
     if not given.get("resume"):                                                      # a run knows its attention
         check_use(given)
@@ -1103,11 +1113,13 @@ def main(argv=None):
             raise UserError("--resume is for one run; a sweep goes on when the same command is started again")
         dataset, out = find_data(given.get("dataset"), print)[0], Path(given.pop("out", SWEEP))
         runs = {folder_of(run, out): run for run in spread({**given, "dataset": dataset, "preset": preset_of(given)}, task.seeds)}
+        if task.eval_only and (missing := [folder.name for folder in runs if not folder.exists()]):
+            raise UserError(f"{out} has no run {missing[0]}; give all the flags that the sweep was trained with")
     if not task.eval_only:
         return sweep(runs, task.workers) if many else train_one(given)
     if not many:
         if fixed := given.keys() - {"out", "device"}:
-            raise UserError(f"--eval_only takes a run as it is, so leave --{min(fixed)} out; or name a sweep's runs by giving --seeds too")
+            raise UserError(f"--eval_only takes a run as it is, so leave {named(fixed)} out; or name a sweep's runs by all of its flags")
         runs = [Path(given["out"]) if "out" in given else newest_run()]
     progress = Progress(len(runs))
     for done, folder in enumerate(runs, 1):

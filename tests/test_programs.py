@@ -521,6 +521,13 @@ def test_a_report_of_known_numbers(folder, capsys):
     assert call("train", "--report", "--out=out") is None and json.loads(Path("assets/results.json").read_text()) == stored
 
 
+def test_a_report_with_nothing_to_compare_keeps_no_picture_of_something_else(folder, capsys):
+    Path("assets").mkdir()
+    Path("assets/results.png").write_text("of other runs")
+    assert call("train", "--report", "--out=out") is None
+    assert "\nwritten: results.json, results.md in assets/\n" in capsys.readouterr().out and not Path("assets/results.png").exists()
+
+
 def test_the_readme_shows_what_the_stored_runs_say(tmp_path, monkeypatch):
     """Its tables are the ones that --report makes of assets/results.json, here and now, and its sentences take theirs from them."""
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
@@ -533,7 +540,7 @@ def test_the_readme_shows_what_the_stored_runs_say(tmp_path, monkeypatch):
     quoted = re.findall(r"[+-]?\d\.\d{4} ± \d\.\d{4}", readme.replace(results, ""))
     assert len(quoted) > 10 and all(figure in results for figure in quoted)
     plain = [run for run in json.loads(Path("assets/results.json").read_text()) if not run["flags"]]
-    assert f"# {len(plain)} runs, {prepare.clock(sum(run['log'][-1][2] for run in plain))} of training" in readme
+    assert f"# {len(plain)} runs, together {prepare.clock(sum(run['log'][-1][2] for run in plain))} of training" in readme
 
 
 # sample.py ------------------------------------------------------------------------------------------------------------
@@ -634,9 +641,12 @@ MISUSE = [
     ("train", [*NEW, "--pos=all", "--resume"], None, "a sweep goes on when the same command is started again"),
     ("train", [*NEW, "--eval_block_size=32"], None, "--eval_block_size=32 is for --eval_only; to train with it, take --block_size"),
     ("train", ["--eval_only", "--out=out/run", "--attention=qv"], None, "--eval_only takes a run as it is, so leave --attention out"),
-    ("train", ["--eval_only", "--out=out/none"], None, "out/none holds no best.pt; name a run by --out, or a sweep by all the flags"),
+    ("train", ["--eval_only", "--out=out/none"], None, "there is no checkpoint out/none/last.pt; --out takes the folder of a run"),
     ("train", ["--eval_only", "--out=out/run"], "other text", "data set 'tiny' is not the one that out/run was trained on"),
     ("train", ["--eval_only", "--out=out/run"], "damaged results", "out/run/eval.json is damaged"),
+    ("train", ["--eval_only", "--out=out"], None, "there is no checkpoint out/last.pt; --out takes the folder of a run that train.py has made, for example out/run"),
+    ("train", [*TINY, "--eval_only", "--seeds=2"], None, "out/sweep has no run cpu-tiny-qv_ka-agf-batch_size=4-"),
+    ("sample", ["--attention_map=a.png", "--no-cache", "--top_k=3"], None, "so leave --no-cache, --top_k out"),
     ("train", ["--report", "--out=taken"], "damaged results", "assets/results.json is damaged"),
     ("train", ["--report"], None, "there is no folder of a finished run in out/sweep/; train some first: python train.py --attention=all"),
     ("train", ["--eval_only", "--out=out/run", "--eval_tokens=9"], None, "--eval_only takes a run as it is, so leave --eval_tokens out"),
@@ -670,6 +680,7 @@ MISUSE = [
     ("train", [*NEW, "--seed=-1"], None, "--seed=-1 must lie in [0, 2**63)"),
     ("train", [*NEW, "--n_embd=100000000000"], None, "memory ran out; lower --micro_batch_size"),
     ("train", [*NEW, "--micro_batch_size=3"], None, "--batch_size=4 must be a multiple of --micro_batch_size=3 times"),
+    ("train", [*NEW, "--micro_batch_size=8"], None, "--batch_size=4 must be a multiple of --micro_batch_size=8 times the number of processes, 1; lower"),
     ("train", [*TINY, "--out="], None, "--out='' must name a folder"),
     ("train", [*NEW, "--dataset=data/tiny"], None, "--dataset=data/tiny must be the name of a folder in data/, without a path"),
     ("train", [*NEW, "--device=cuda:99"], None, "--device=cuda:99 cannot be used here"),
@@ -685,7 +696,7 @@ MISUSE = [
     ("train", [*TINY, "--out=taken/run"], "file for folder", "taken/run/log.jsonl could not be written"),
     ("train", ["--resume", "--out=out/nowhere"], None, "there is no checkpoint out/nowhere/last.pt"),
     ("train", ["--resume"], "no runs", "there is no run in out/"),
-    ("train", ["--resume", "--out=out/run"], None, "is at step 6 of 6 already; to train on, raise --max_steps"),
+    ("train", ["--resume", "--out=out/run"], None, "is at step 6 already; to train on, raise --max_steps=6"),
     ("train", ["--resume", "--out=out/run", "--n_embd=32"], None, "--n_embd=32 cannot change a run in the middle"),
     ("train", ["--resume", "--out=out/run", "--max_steps=9"], "other tokenizer", "is not the one that out/run was trained on"),
     ("train", ["--resume", "--out=out/run", "--max_steps=9"], "other text", "is not the one that out/run was trained on"),
