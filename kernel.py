@@ -235,7 +235,7 @@ def delta_kernel(out, d_out, delta, T, H, D: tl.constexpr, M: tl.constexpr):
 def token_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_v, d_ctx, T, S, H, scale, D: tl.constexpr,
                           E: tl.constexpr, DECAY: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Scores lie on their side here, (N, M), so that p and ds come out of one product as the next one needs them.
-    Queries from T on have q = dO = 0, so they add nothing: p, of any a_h > 0, is at most 1."""
+    Queries from T on add nothing, for their dO and delta are 0, and p is at most 1, as q and lse are 0 and a_h > 0."""
     b, h = sequence_and_head(H)
     j0 = tl.program_id(1) * N
     j = positions(j0, N)[:, None]
@@ -244,8 +244,9 @@ def token_backward_kernel(q, v, q_ctx, ctx, decay, lse, d_out, delta, d_v, d_ctx
     ctx_tile = load(ctx, b, 0, j0, S, N, E)                                          # (N, E)
     d_v_tile = tl.zeros([N, D], tl.float32)
     d_ctx_tile = tl.zeros([N, E], tl.float32) if E > 0 else 0.0
-    first = tl.maximum(j0 - (S - T), 0) // M * M                                # here is the first query that sees any;
-    full = tl.minimum(tl.cdiv(tl.maximum(j0 + N - 1 - (S - T), 0), M), tl.cdiv(T, M)) * M   # from here they see all N
+    at_first, at_last = j0 - (S - T), j0 + N - 1 - (S - T)                           # the queries at the first and last token
+    first = tl.maximum(at_first, 0) // M * M                                         # from this tile on, queries see some of N
+    full = tl.minimum(tl.cdiv(tl.maximum(at_last, 0), M), tl.cdiv(T, M)) * M         # tokens; from this one on, all see all N
     for DIAGONAL in tl.static_range(1, -1, -1):
         for t0 in range(first if DIAGONAL else full, full if DIAGONAL else T, M):
             q_tile = load(q, b, h, t0, T, M, D)                                      # (M, D)
@@ -429,7 +430,7 @@ def backward(d_out, q, v, q_ctx, ctx, decay, out, lse, launch=launch):
 def decode(q, v_cache, q_ctx, ctx_cache, decay, lengths, launch=launch):
     """(B, 1, H, D): in as many parts as the GPU can read at once, of which the mean is taken."""
     (B, _, H, D), S = q.shape, v_cache.size(1)
-    HEADS = math.gcd(H, 256 // D)
+    HEADS = math.gcd(H, 256 // D)                                                    # side by side, in rows of up to 256 numbers
     programs = B * H // HEADS
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
     at_once = processors * (3 if ctx_cache is None else 2)                           # what shared memory has room for
@@ -568,8 +569,9 @@ def check(letters, **inputs):
             refuse(f"{name}.dtype", x.dtype, f"should be {' or '.join(map(str, types))}")
         if x.size(-1) > 1 and x.stride(-1) != 1:
             refuse(f"{name}.stride()", x.stride(), "should end in 1")
+        row = "H" if "1" in letters[name] else "TS"                                  # of a tile; in decoding, a query has one per head
         for letter, n, step in zip(letters[name], x.shape, x.stride()):
-            if letter in ("H" if "1" in letters[name] else "TS") and n > 1 and step >= 2**24:
+            if letter in row and n > 1 and step >= 2**24:
                 refuse(f"{name}.stride()", x.stride(), f"should be below 2**24 along {letter}")
         if x.device != first.device:
             refuse(f"{name}.device", x.device, f"should be {first.device} as q's")

@@ -355,7 +355,7 @@ def benchmark(seconds, path):
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE
     print(f"{device}, torch {torch.__version__}, triton {triton.__version__}; {str(DTYPE).removeprefix('torch.')}, {H} heads of {D}, "
-          f"{TOKENS} tokens\nforward: ms and TFLOP/s, forward + backward: ms and TFLOP/s, peak memory beyond inputs")
+          f"{TOKENS} tokens\nforward: ms and TFLOP/s, forward + backward: ms and TFLOP/s, peak memory beyond inputs (of SDPA with decay, its mask, too)")
     warm = random(64, 64).requires_grad_()
     (warm @ warm).sum().backward()                                                   # cuBLAS takes its memory, once
     measuring = Measuring(len(LENGTHS) * (9 + 8 * (len(WIDTHS) - 1)) + 1 + 7 * len(BATCHES) * len(CONTEXTS), seconds)
