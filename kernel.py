@@ -198,8 +198,8 @@ def queries(q, q_ctx, decay, T, S, H, scale, D: tl.constexpr, E: tl.constexpr, D
 
 @jit
 def seen(t0, T, S, M: tl.constexpr, N: tl.constexpr):
-    """The diagonal's tiles begin at the first of these numbers, a multiple of N, a token that each of M queries sees as it
-    sees all before, and end below the second, from which on none sees any."""
+    """Where the tiles on the diagonal begin, a multiple of N, and where they end: each of M queries sees the token at the
+    first of these numbers and all before, and none sees the one at the second or any after."""
     return (S - T + t0) // N * N, tl.minimum(S - T + t0 + M, S)
 
 
