@@ -238,6 +238,16 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def peak_memory(device):
+    """Bytes at the peak so far, of a GPU's memory or of the whole process; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if find_spec("resource") is None:                                                # on Windows
+        return None
+    resource = import_module("resource")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Processes:
     """This process among those that torchrun started; a single one if it did not."""
 
@@ -626,7 +636,7 @@ class Run:
             f"{config.n_embd} wide: {count_parameters(self.model):,} parameters, {count_parameters(self.model, 'attention'):,} of them in attention\n"
             f"data:  {train.dataset}, {len(splits['train']):,} training and {len(splits['val']):,} validation tokens\n"
             f"plan:  {train.max_steps:,} steps of {train.batch_size} x {config.block_size} = {self.tokens(1):,} tokens, "
-            f"{self.tokens(train.max_steps) / len(splits['train']):.1f} times the data, on {self.processes.world} x {self.device} in "
+            f"{self.tokens(train.max_steps) / len(splits['train']):.2g} times the data, on {self.processes.world} x {self.device} in "
             f"{str(self.dtype).removeprefix('torch.')}, attention by {self.kernel}")
 
     def tokens(self, steps):
@@ -681,9 +691,11 @@ class Run:
         if self.processes.rank == 0:
             plot(self.losses, self.log, self.out / "loss.png")
         best, eval_tokens = min(self.log, key=lambda entry: entry["val_loss"]), self.train.eval_tokens
+        peak = peak_memory(self.device)
         self.processes.print(
             f"validation loss: {self.log[-1]['val_loss']:.4f} at the end, {best['val_loss']:.4f} at best (step {best['step']:,}), over "
             f"{f'the first {eval_tokens:,} tokens' if eval_tokens and eval_tokens < len(self.splits['val']) else 'the whole split'}\n"
+            + (f"memory: {peak / 1e9:.1f} GB at the peak\n" if peak else "") +
             f"checkpoints: {self.out / 'last.pt'} and {self.out / 'best.pt'}; curves: {self.out / 'loss.png'}\n"
             f"to sample from it: python sample.py --out={shlex.quote(str(self.out))}")
 

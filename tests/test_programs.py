@@ -67,6 +67,7 @@ def test_prepare_train_sample_from_the_command_line(tmp_path):
     assert [entry["step"] for entry in log(run)] == [3, 6, 8]
     assert set(log(run)[0]) == {"step", "train_loss", "val_loss", "tokens"}
     assert f"validation loss: {log(run)[-1]['val_loss']:.4f} at the end" in result.stdout
+    assert 0.1 < float(re.search(r"^memory: (\d+\.\d) GB at the peak$", result.stdout, re.M)[1]) < 4
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     sampled = [program(ROOT / "sample.py", "--prompt=green", "--max_new_tokens=40", flag, cwd=tmp_path) for flag in ("--cache", "--no-cache")]
     assert sampled[0].stdout == sampled[1].stdout and sampled[0].stdout.startswith("green")
