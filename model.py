@@ -109,7 +109,9 @@ class Attention(nn.Module):
         if self.decay is not None:
             decay = self.decay(T, S).type_as(q)                                      # (1, H, T, S)
             score = decay if score is None else score + decay
-        is_causal = score is None and 1 < T == S  # SDPA aligns its own mask to the first key: right only if T == S
+        # SDPA aligns its own mask to the first key: right only if T == S. (torch.compile may make a symbol of `1 < T == S`
+        # where T varies, but not of an `if`, and SDPA takes no symbol.)
+        is_causal = True if score is None and 1 < T == S else False
         if T > 1 and not is_causal:
             future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
             score = (q.new_zeros(T, S) if score is None else score).masked_fill(future, -math.inf)
@@ -461,7 +463,7 @@ class GPT(nn.Module):
     def new_cache(self):
         return Cache(self.config.n_layer, self.config.block_size)
 
-    @torch.inference_mode()
+    @torch.no_grad()                     # not inference_mode: there autocast would convert every weight anew for every token
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
         """Yields max_new_tokens tokens (B, 1), one at a time, that continue idx (B, T >= 1). Call eval() first, for dropout.
 
@@ -487,5 +489,5 @@ def sample(logits, temperature, top_k):
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    logits = logits.float() - logits.max(-1, keepdim=True).values                    # so that no temperature is too low
-    return torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
+    logits = logits.float() - logits.max(-1, keepdim=True).values                    # at most 0, whatever it is divided by
+    return torch.multinomial(torch.softmax(logits / max(temperature, 1e-30), dim=-1), 1)

@@ -36,7 +36,7 @@ def parse(argv=None):
     parser.add_argument("--top_k", type=int, default=None, help="draw from the k likeliest tokens only (default: all)")
     parser.add_argument("--seed", type=int, default=1337, help="of the draws (default: 1337)")
     parser.add_argument("--cache", action=BooleanOptionalAction, default=True, help="remember what was read (default), or read it "
-                        "all again for each token: the same text, slower")
+                        "all again for each token: the same text (in bfloat16 but for rounding), slower")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps ... (default: auto)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of matrix products (default: auto)")
     parser.add_argument("--kernel", default="auto", choices=("auto", "torch", "triton"), help="what computes qv and qv_ka, as in train.py "
@@ -56,7 +56,7 @@ def parse(argv=None):
     if args.benchmark and (idle := changed - {"benchmark", "device", "dtype", "seed"}):
         parser.error(f"--benchmark compares untrained models, written in PyTorch, so leave {named(idle)} out; the kernel's own "
                      "benchmark is python kernel.py")
-    if args.attention_map and (idle := changed & {"num_samples", "max_new_tokens", "temperature", "top_k", "seed", "no-cache"}):
+    if args.attention_map and (idle := changed & {"num_samples", "max_new_tokens", "temperature", "top_k", "seed", "no-cache", "dtype"}):
         parser.error(f"--attention_map draws the prompt and writes no text, so leave {named(idle)} out")
     if args.attention_map and args.attention_map.suffix != ".png":
         parser.error(f"--attention_map={args.attention_map} must end in .png")
@@ -103,7 +103,7 @@ def attention_weights(model, idx):
     layers = []
     for block in model.blocks:
         block.attention.register_forward_pre_hook(lambda attention, inputs: layers.append(attention.weights(inputs[0])[0]))
-    with torch.inference_mode():
+    with torch.no_grad():
         model(idx)
     return torch.stack(layers).float().cpu()
 
@@ -150,16 +150,18 @@ def benchmark(shape, device, context, tokens=64, tokens_uncached=6):
         for use_cache, count in (True, tokens), (False, tokens_uncached):
             runs = {name: model.generate(idx, count + 1, use_cache=use_cache) for name, model in models.items()}
             times = {name: [] for name in models}
-            for _ in range(count + 1):                                               # the first also reads the prompt
-                for name, tokens_of in runs.items():
-                    started = time.perf_counter()
-                    with context:
+            with context:                                                            # it keeps converted weights to its end
+                for _ in range(count + 1):                                           # the first also reads the prompt
+                    for name, tokens_of in runs.items():
+                        started = time.perf_counter()
                         int(next(tokens_of))                                         # waits for the device
-                    times[name].append(time.perf_counter() - started)
+                        times[name].append(time.perf_counter() - started)
             seconds[use_cache] = {name: median(times[name][1:]) for name in models}
         for name, model in models.items():
             cached, uncached = seconds[True][name], seconds[False][name]
-            print(f"| {pos} | {name} | {cache_bytes(model)[1]:,} | {1 / cached:.0f} | {seconds[True]['qkv'] / cached:.2f} | "
+            with context:
+                nbytes = cache_bytes(model)[1]
+            print(f"| {pos} | {name} | {nbytes:,} | {1 / cached:.0f} | {seconds[True]['qkv'] / cached:.2f} | "
                   f"{1 / uncached:.1f} | {uncached / cached:.0f} |", flush=True)
 
 
@@ -185,7 +187,8 @@ def main(argv=None):
             print("-" * 80)
         seconds += stream(model, tokenizer, prompt, idx, args, context)
     count = args.num_samples * args.max_new_tokens
-    total, each = cache_bytes(model)
+    with context:
+        total, each = cache_bytes(model)
     memory = f"cache of {total:,} bytes, {each:,} a token" if args.cache else "no cache"
     print(f"{model.config.attention}, {model.config.pos}, {out}: {count:,} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s; "
           f"{memory}, attention by {kernel}", file=sys.stderr)

@@ -415,9 +415,9 @@ def count_parameters(model, part=""):
     return sum(parameter.numel() for name, parameter in model.named_parameters() if part in name)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def cache_bytes(model):
-    """Bytes that the KV cache's buffers take for a whole context, and for one token of it; measured."""
+    """Bytes that the KV cache's buffers take for a whole context, and for one token of it; measured, under autocast if need be."""
     cache = model.new_cache()
     model(torch.zeros(1, 1, dtype=torch.int64, device=model.wte.weight.device), cache=cache)
     return cache.nbytes, cache.nbytes // cache.block_size

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_py
 from model import ATTENTIONS, POSITIONS, GPT, GPTConfig
+from train import cache_bytes
 
 CASES = pytest.mark.parametrize("attention,pos", list(product(ATTENTIONS, POSITIONS)))
 SMALL = dict(block_size=24, vocab_size=31, n_layer=2, n_head=4, n_embd=32)
@@ -248,11 +251,45 @@ def test_generation_needs_no_cache_and_knows_no_end(attention, pos, prompt):
     assert torch.equal(new, torch.cat(draws, dim=1))
 
 
+class Conversions(TorchDispatchMode):
+    """Counts conversions of matrices to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default and args[0].dim() == 2 and kwargs["dtype"] == torch.bfloat16
+        return function(*args, **(kwargs or {}))
+
+
+@CASES
+def test_bfloat16_converts_each_matrix_once(attention, pos):
+    """... in a generation, not in each of its steps; and the cache is in bfloat16, half as large."""
+    model = GPT(GPTConfig(attention=attention, pos=pos, **SMALL)).eval()
+    with torch.autocast("cpu", torch.bfloat16), Conversions() as conversions:
+        counts = [conversions.count for _ in model.generate(tokens(1, 3), 6)]
+        halved = cache_bytes(model)
+    assert counts[1] == counts[-1] > 0
+    assert [2 * nbytes for nbytes in halved] == list(cache_bytes(model))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_one_graph_for_all_lengths(attention):
+    """torch.compile takes the first length for a constant, the second for a variable, and any other as that one."""
+    torch.compiler.reset()
+    model, counter = small(attention, "learned"), CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for T in 5, 6, 7, 9, 12:
+        assert torch.equal(logits(compiled, tokens(2, T)), logits(model, tokens(2, T)))
+    assert counter.frame_count == 2
+
+
 def test_temperature_and_top_k():
     model, idx = small("qv_ka", "rope"), tokens(4, 5)
     likeliest = model(idx)[0][:, -1].argmax(-1, keepdim=True)
     assert torch.equal(generated(model, idx, 1, temperature=0), likeliest)
-    assert torch.equal(generated(model, idx, 1, temperature=1e-45), likeliest)
+    assert all(torch.equal(generated(model, idx, 1, temperature=low), likeliest) for low in (1e-45, 1e-300))
     assert torch.equal(generated(model, idx, 1, top_k=1), likeliest)
     top = model(idx)[0][:, -1].topk(3).indices
     draws = torch.cat([generated(model, idx, 1, top_k=3, temperature=5.0)] + [next(model.generate(idx, 1, 5.0, 3)) for _ in range(60)], 1)
