@@ -73,16 +73,16 @@ class Progress:
     terminal, printed every half minute elsewhere."""
 
     def __init__(self, total, done=0):
-        self.total, self.first, self.started, self.shown = total, done, time.time(), time.time()
+        self.total, self.first, self.started, self.shown = total, done, time.perf_counter(), time.perf_counter()
         self.terminal = sys.stderr.isatty()
 
     def rate(self, done):
         """Units a second since the beginning."""
-        return (done - self.first) / (time.time() - self.started)
+        return (done - self.first) / (time.perf_counter() - self.started)
 
     def __call__(self, done, text):
-        if time.time() - self.shown >= (0.2 if self.terminal else 30):
-            self.shown = time.time()
+        if time.perf_counter() - self.shown >= (0.2 if self.terminal else 30):
+            self.shown = time.perf_counter()
             left = clock(max(0, self.total - done) / self.rate(done))
             print(f"\r{text}, {left} left\033[K" if self.terminal else f"{text}, {left} left", file=sys.stderr,
                   end="" if self.terminal else "\n", flush=True)
@@ -199,7 +199,7 @@ def new_data(name):
     """Writes data/<name>/, all or nothing: with new_data(name) as writer: writer.write("train", ids); writer.meta = {...}"""
     folder = DATA / name
     names = ["train.bin", "val.bin", "meta.json"]
-    temporary = {name: folder / f"{name}.tmp" for name in names}
+    temporary = {name: folder / f"{name}.{os.getpid()}.tmp" for name in names}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(temporary["train.bin"], "wb") as train, open(temporary["val.bin"], "wb") as val:
@@ -278,8 +278,9 @@ def shakespeare_text():
     if not path.exists():
         with contextlib.suppress(OSError):                                           # next time it need not be downloaded
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".tmp").write_bytes(raw)
-            os.replace(path.with_suffix(".tmp"), path)
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_bytes(raw)
+            os.replace(temporary, path)
     return raw, SHAKESPEARE_URL
 
 
@@ -344,6 +345,8 @@ def documents(source=None):
     print(f"opening {source or options['path']} ...", file=sys.stderr, flush=True)
     try:
         for document in load_dataset(**options, split="train", streaming=True):
+            if not isinstance(document["text"], str):
+                raise ValueError(f"text is {document['text']}")
             yield document["text"]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         advice = "give the path of" if source else "it takes the network, or --source with"
@@ -357,19 +360,20 @@ def prepare_openwebtext(limit=None, source=None):
     Stops after `limit` tokens. However much is read, memory holds 512 documents; as many threads as cores encode them."""
     tokenizer, digest, texts = GPT2Tokenizer(), hashlib.sha256(), documents(source)
     target = limit or OPENWEBTEXT_TOKENS
-    progress, count, done = Progress(target), 0, 0
+    progress, count, done, most = Progress(target), 0, 0, limit or sys.maxsize
     with new_data("openwebtext") as writer:
-        while done < target and (batch := list(itertools.islice(texts, 512))):
+        while done < most and (batch := list(itertools.islice(texts, 512))):
             for text, ids in zip(batch, tokenizer.bpe.encode_ordinary_batch(batch, num_threads=os.cpu_count())):
-                if done < target:
-                    ids = (ids + [tokenizer.end_of_text])[: int(target - done)]
+                if done < most:
+                    ids = (ids + [tokenizer.end_of_text])[: most - done]
                     writer.write("train" if count % 2000 else "val", ids)
                     digest.update(text.encode())
                     count, done = count + 1, done + len(ids)
             progress(done, f"{done / 1e6:,.1f}M of {target / 1e6:,.0f}M tokens, {progress.rate(done) / 1e6:.2f}M a second")
         progress.clear()
         if count < 2:
-            raise UserError(f"{source or 'the source'} holds {count} documents; give at least 2, one for validation")
+            raise UserError(f"{source or 'the source'} gave fewer than 2 documents, and validation takes one; "
+                            + (f"raise --tokens={limit}" if done == limit else "give more"))
         writer.meta = dict(tokenizer=tokenizer.spec, source=source or OPENWEBTEXT["path"], documents=count, sha256=digest.hexdigest())
     return writer
 

@@ -81,8 +81,8 @@ class TrainConfig:
     micro_batch_size: int | None = option(None, "sequences in one forward pass on one device: lower it if memory runs out; "
                                           "gradients are accumulated up to batch_size (default: all at once)")
     max_steps: int = option(5000, "optimizer steps")
-    learning_rate: float = option(1e-3, "at the end of the warm-up; falls to a tenth by a cosine")
-    warmup_steps: int = option(100, "steps over which the learning rate grows from 0")
+    learning_rate: float = option(1e-3, "falls by a cosine to a tenth at max_steps, and is less while it warms up")
+    warmup_steps: int = option(100, "steps in which the share of the learning rate that counts grows from 0 to all")
     weight_decay: float = option(0.1, "on matrices only")
     beta2: float = option(0.99, "AdamW's second moment; beta1 is 0.9")
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 is no limit")
@@ -269,6 +269,13 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
+    def share(self, thing):
+        """What the first process has, in all of them."""
+        things = [thing]
+        if self.world > 1:
+            dist.broadcast_object_list(things)
+        return things[0]
+
     @contextlib.contextmanager
     def first(self):
         """The first process goes through the body alone, then the others together."""
@@ -367,7 +374,7 @@ def write(path, write_to):
     """Writes a file under a temporary name and renames it, so that what was there before is lost only to what is whole."""
     if not path.name:
         raise UserError(f"{str(path)!r} is no name for a file; give one")
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_to(temporary)
@@ -504,17 +511,21 @@ def train_step(model, optimizer, train, x, y, context):
 
 
 class Interrupt:
-    """Ctrl-C, or a scheduler's SIGTERM, asks training to stop after the step in hand; a second one stops at once."""
+    """Ctrl-C, a scheduler's SIGTERM, or the end of the terminal (but for nohup), asks training to stop after the step in
+    hand; a second one stops at once."""
 
     def __init__(self):
         self.asked = False
-        for number in signal.SIGINT, signal.SIGTERM:
+        self.handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            self.handlers[signal.SIGHUP] = signal.SIG_DFL
+        for number in self.handlers:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
         self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
 def accelerate(model, train, processes):
@@ -533,7 +544,7 @@ def accelerate(model, train, processes):
 
 # The flags that a resumed run may be given anew. With none of them, it goes on exactly.
 MAY_CHANGE = {"out", "resume", "device", "dtype", "kernel", "compile", "micro_batch_size", "max_steps", "learning_rate", "warmup_steps",
-              "weight_decay", "grad_clip", "eval_interval", "eval_tokens"}
+              "weight_decay", "grad_clip", "eval_interval"}
 
 
 @naming_flags()
@@ -572,12 +583,14 @@ class Run:
         self.kernel = choose_kernel(self.train.kernel, self.model, autocast(self.device, self.dtype))
         self.optimizer = make_optimizer(self.model, self.train, self.device)
         if resumed is not None:
-            self.optimizer.load_state_dict(resumed[0]["optimizer"])
+            state = resumed[0]["optimizer"]["state"]                                 # but flags may be new, such as --weight_decay
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.parallel = accelerate(self.model, self.train, self.processes)
+        self.averaged = len(self.losses)
         if resumed is None:
             self.claim_folder()
         self.write_log()                                                             # fail now, if writing fails, not in an hour
-        self.lap = self.step, time.time()
+        self.lap = self.step, time.perf_counter()
 
     def begin(self, config, meta):
         """A new model, and nothing that has happened."""
@@ -593,7 +606,7 @@ class Run:
         """The folder of a new run: one of its own."""
         if self.out is None:
             name = f"{self.train.dataset}-{self.config.attention}-{self.config.pos}"
-            self.out = new_folder(name) if self.processes.rank == 0 else OUT / name
+            self.out = self.processes.share(new_folder(name) if self.processes.rank == 0 else None)
         elif any(self.out.glob("*.pt")):
             raise UserError(f"{self.out} holds a run already; go on with it by --resume, or choose another --out")
 
@@ -651,24 +664,33 @@ class Run:
         self.losses.append(train_step(self.parallel, self.optimizer, self.train, x, y, autocast(self.device, self.dtype)))
         self.step += 1
 
+    def average_losses(self):
+        """Makes the losses since the last time numbers, and each the mean over all processes."""
+        new = self.processes.sum(*map(float, self.losses[self.averaged :]))
+        self.losses[self.averaged :] = [loss / self.processes.world for loss in new]
+        self.averaged = len(self.losses)
+
     def validate(self):
         """Measures the validation loss, logs it and saves the run."""
         since = self.log[-1]["step"] if self.log else 0
-        (train_loss,) = self.processes.sum(sum(map(float, self.losses[since:])) / (self.step - since) / self.processes.world)
-        speed = self.tokens(self.step - self.lap[0]) / (time.time() - self.lap[1])   # of training alone: the losses are here
+        self.average_losses()
+        train_loss = sum(self.losses[since:]) / (self.step - since)
+        speed = self.tokens(self.step - self.lap[0]) / (time.perf_counter() - self.lap[1])   # of training: the losses are here
         val_loss = evaluate(self.model, self.splits["val"], self.config.block_size, self.train.eval_tokens, self.processes,
                             autocast(self.device, self.dtype))
         self.check_finite(train_loss, val_loss)
         best, self.best_val_loss = val_loss < self.best_val_loss, min(val_loss, self.best_val_loss)
         self.log.append(dict(step=self.step, train_loss=train_loss, val_loss=val_loss, tokens=self.tokens(self.step),
                              seconds=round(self.seconds, 1), tokens_per_second=round(speed)))
-        self.save("last.pt")
-        if best:
+        if best:                                                                     # first: what last.pt knows of is there
             self.save("best.pt")
+            if self.processes.rank == 0:
+                (self.out / "eval.json").unlink(missing_ok=True)                         # was of an older one
+        self.save("last.pt")
         self.write_log()
         self.processes.print(f"step {self.step:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f}"
                              f"{' (the best so far)' if best else ''}, {clock(self.seconds)}")
-        self.lap = self.step, time.time()
+        self.lap = self.step, time.perf_counter()
 
     def check_finite(self, *losses):
         if not all(map(math.isfinite, losses)):
@@ -680,7 +702,7 @@ class Run:
     def save(self, name):
         """Writes a checkpoint, unless the weights are no numbers any more."""
         self.check_finite(*(parameter.detach().sum() for parameter in self.model.parameters()))
-        self.losses = [float(loss) for loss in self.losses]
+        self.average_losses()
         checkpoint = {**{name: getattr(self, name, None) for name in CHECKPOINT}, "model": self.model.state_dict(),
                       "optimizer": self.optimizer.state_dict(), "model_config": asdict(self.config), "train_config": asdict(self.train)}
         if self.processes.rank == 0:
@@ -706,6 +728,7 @@ def train_one(given):
     run, interrupt = Run(given), Interrupt()
     run.describe()
     train, alone = run.train, run.processes.world == 1
+    patience = 10 if run.tokens(1) < 100_000 else 1                                  # steps; torchrun itself waits for half a minute
     progress, started = Progress(train.max_steps, run.step), time.time() - run.seconds
     while run.step < train.max_steps:
         run.advance()
@@ -718,10 +741,13 @@ def train_one(given):
         if run.step % train.eval_interval == 0 or run.step == train.max_steps:
             progress.clear()
             run.validate()
-        if interrupt.asked if alone else run.step % 10 == 0 and run.processes.sum(interrupt.asked)[0]:
+        if run.step == train.max_steps:
+            break
+        if interrupt.asked if alone else run.step % patience == 0 and run.processes.sum(interrupt.asked)[0]:
             progress.clear()
             run.save("last.pt")
-            sys.exit(f"stopped after step {run.step:,}, which is saved; to go on: python train.py --resume --out={run.out}")
+            words = f"stopped after step {run.step:,}, which is saved; to go on: python train.py --resume --out={run.out}"
+            sys.exit(words if run.processes.rank == 0 else 1)
     run.finish()
     if not alone:
         dist.destroy_process_group()
@@ -839,8 +865,9 @@ def eval_only(folder, device, block_size):
     processes = Processes(device)
     _, meta, splits = find_data(stored.dataset, processes.print)
     check_same_data(checkpoint, meta, folder)
-    if block_size >= len(splits["val"]):
-        raise UserError(f"--eval_block_size={block_size} is more than the {len(splits['val']) - 1} tokens to predict; take a smaller one")
+    predicted = min(stored.eval_tokens or math.inf, len(splits["val"]) - 1)
+    if block_size > predicted:
+        raise UserError(f"--eval_block_size={block_size} is more than the {predicted} tokens to predict; take a smaller one")
     context = autocast(processes.device, choose_dtype(stored.dtype, processes.device))
     loss = evaluate(model.to(processes.device), splits["val"], block_size, stored.eval_tokens, processes, context)
     path = folder / "eval.json"
@@ -955,9 +982,13 @@ class Sweep:
         return {seed: reached[0] for seed, reached in times.items() if reached}
 
     def gap(self, pos, label, name="best_val_loss"):
-        """The differences to QKV, {seed: number or array}; QKV with the same flags, but for those of the attention."""
-        rival = ["qkv", *(flag for flag in label.split()[1:] if flag.split("=")[0] not in OF_ATTENTION)]
-        return minus(self.of(pos, label, name), self.of(pos, " ".join(rival), name))
+        """The differences to QKV, {seed: number or array}; QKV with the same flags or, if there is none, without those of the
+        attention."""
+        flags = label.split()[1:]
+        rival = " ".join(["qkv", *flags])
+        if (pos, rival) not in self.groups:
+            rival = " ".join(["qkv", *(flag for flag in flags if flag.split("=")[0] not in OF_ATTENTION)])
+        return minus(self.of(pos, label, name), self.of(pos, rival, name))
 
     def markdown(self):
         """The claims C1 to C4 and what they leave out, every group, and the losses at other lengths of context, as tables."""

@@ -44,7 +44,7 @@ def folder(trained, tmp_path, monkeypatch):
 def call(program, *flags):
     """Runs a program's main() as its command line would; returns what it would exit with: None, a code or a sentence."""
     main = importlib.import_module(program).main
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         prepare.run(lambda: main(list(flags)))
     except SystemExit as stop:

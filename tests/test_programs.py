@@ -269,16 +269,39 @@ def test_resume_is_exact(folder, monkeypatch, at):
     assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
 
 
-def test_ctrl_c_in_a_process_of_its_own(folder):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_a_process_of_its_own(folder, number):
     command = [sys.executable, ROOT / "train.py", *TINY[:-2], "--max_steps=1000000", "--eval_interval=1000000", "--out=out/long"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not process.stdout.readline().startswith("plan:"):
         pass
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and errors.startswith("stopped after step ") and "Traceback" not in errors
     assert checkpoint("out/long")["step"] > 0 and not Path("out/long/best.pt").exists()
     assert call("sample", "--out=out/long", "--max_new_tokens=3") is None
+
+
+def test_resume_takes_new_flags(folder):
+    assert call("train", "--resume", "--out=out/run", "--max_steps=9", "--weight_decay=5", "--learning_rate=1e-4") is None
+    state = checkpoint("out/run")
+    assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [5, 0]
+    assert state["train_config"]["weight_decay"] == 5 and state["optimizer"]["state"][0]["step"] == 9
+
+
+def test_best_is_saved_before_last(folder, monkeypatch):
+    """... so that last.pt, from which a run goes on, never knows of a better one than is there; what was measured with an
+    older one is removed."""
+    def dying(path, write_to):
+        if path.name == "last.pt":
+            raise KeyboardInterrupt
+        write(path, write_to)
+
+    write, stale = train.write, Path("out/run/eval.json")
+    stale.write_text("{}")
+    monkeypatch.setattr(train, "write", dying)
+    assert call("train", "--resume", "--out=out/run", "--max_steps=60") == "interrupted"
+    assert checkpoint("out/run")["step"] == 6 and torch.load("out/run/best.pt", weights_only=True)["step"] == 9 and not stale.exists()
 
 
 def test_divergence_keeps_the_last_good_checkpoint(folder):
@@ -291,7 +314,7 @@ def test_divergence_keeps_the_last_good_checkpoint(folder):
 def test_a_full_disk_keeps_the_last_checkpoint(folder):
     before = Path("out/run/last.pt").read_bytes()
     sentence = limited_file_size(5_000, lambda: call("train", "--resume", "--out=out/run", "--max_steps=9"))
-    assert "out/run/last.pt could not be written" in sentence and "what was saved before is intact" in sentence
+    assert "out/run/best.pt could not be written" in sentence and "what was saved before is intact" in sentence
     assert Path("out/run/last.pt").read_bytes() == before
     assert not list(Path("out/run").glob("*.tmp"))
 
@@ -346,13 +369,16 @@ def test_batches_are_a_function_of_seed_and_step():
 def test_two_processes_are_one(folder):
     """torchrun with gloo: the same global batch, half on each process, against one process that accumulates."""
     flags = [*TINY[:-2], "--max_steps=6", "--eval_interval=2"]
-    result = program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *flags, "--out=out/two")
+    result = program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *flags)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("step 6:") == 1, "rank 0 alone speaks"
+    Path("out/tiny-qv_ka-agf").rename("out/two")
     assert call("train", *flags, "--micro_batch_size=2", "--out=out/one") is None
     for one, two in zip(log("out/one"), log("out/two"), strict=True):
         assert one == pytest.approx(two, rel=1e-5)
-    one, two = (checkpoint(run)["model"] for run in ("out/one", "out/two"))
+    one, two = (checkpoint(run) for run in ("out/one", "out/two"))
+    assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
+    one, two = one["model"], two["model"]
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
 
@@ -520,6 +546,13 @@ def test_a_report_of_known_numbers(folder, capsys):
     stored = json.loads(Path("assets/results.json").read_text())
     assert len(stored) == len(records) + 1 and all(record in stored for record in records)
     assert call("train", "--report", "--out=out") is None and json.loads(Path("assets/results.json").read_text()) == stored
+
+
+def test_the_rival_of_a_variant_is_qkv_with_its_flags_or_else_without(folder):
+    runs = [{**made_up(attention, "agf", 1, loss, 1.0), "flags": flags} for attention, flags, loss in (
+        ("qkv", [], 1.0), ("qkv", ["n_inner=32"], 1.5), ("qv", ["n_inner=32"], 1.7), ("qv", ["n_inner=64"], 1.8))]
+    sweep = train.Sweep(["some"], runs)
+    assert [sweep.gap("agf", f"qv n_inner={n}")[1].item() for n in (32, 64)] == pytest.approx([0.2, 0.8])
 
 
 def test_a_report_with_nothing_to_compare_keeps_no_picture_of_something_else(folder, capsys):
@@ -698,6 +731,7 @@ MISUSE = [
     ("train", ["--resume", "--out=out/nowhere"], None, "there is no checkpoint out/nowhere/last.pt"),
     ("train", ["--resume"], "no runs", "there is no run in out/"),
     ("train", ["--resume", "--out=out/run"], None, "is at step 6 already; to train on, raise --max_steps=6"),
+    ("train", ["--resume", "--out=out/run", "--max_steps=9", "--eval_tokens=9"], None, "--eval_tokens=9 cannot change a run in the middle"),
     ("train", ["--resume", "--out=out/run", "--n_embd=32"], None, "--n_embd=32 cannot change a run in the middle"),
     ("train", ["--resume", "--out=out/run", "--max_steps=9"], "other tokenizer", "is not the one that out/run was trained on"),
     ("train", ["--resume", "--out=out/run", "--max_steps=9"], "other text", "is not the one that out/run was trained on"),
