@@ -81,8 +81,8 @@ class TrainConfig:
     micro_batch_size: int | None = option(None, "sequences in one forward pass on one device: lower it if memory runs out; "
                                           "gradients are accumulated up to batch_size (default: all at once)")
     max_steps: int = option(5000, "optimizer steps")
-    learning_rate: float = option(1e-3, "falls by a cosine to a tenth at max_steps, and is less while it warms up")
-    warmup_steps: int = option(100, "steps in which the share of the learning rate that counts grows from 0 to all")
+    learning_rate: float = option(1e-3, "at step 0; falls by a cosine to a tenth at max_steps")
+    warmup_steps: int = option(100, "first steps, in which the learning rate is scaled by a factor that grows from nearly 0 to 1")
     weight_decay: float = option(0.1, "on matrices only")
     beta2: float = option(0.99, "AdamW's second moment; beta1 is 0.9")
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 is no limit")
