@@ -269,13 +269,6 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
-    def share(self, thing):
-        """What the first process has, in all of them."""
-        things = [thing]
-        if self.world > 1:
-            dist.broadcast_object_list(things)
-        return things[0]
-
     @contextlib.contextmanager
     def first(self):
         """The first process goes through the body alone, then the others together."""
@@ -606,7 +599,7 @@ class Run:
         """The folder of a new run: one of its own."""
         if self.out is None:
             name = f"{self.train.dataset}-{self.config.attention}-{self.config.pos}"
-            self.out = self.processes.share(new_folder(name) if self.processes.rank == 0 else None)
+            self.out = new_folder(name) if self.processes.rank == 0 else OUT / name
         elif any(self.out.glob("*.pt")):
             raise UserError(f"{self.out} holds a run already; go on with it by --resume, or choose another --out")
 
