@@ -625,7 +625,7 @@ class Run:
         if rest or share % (train.micro_batch_size or share):
             micro = train.micro_batch_size or 1
             rule = f"--batch_size={train.batch_size} must be a multiple of --micro_batch_size={micro} times the number of processes, {world}"
-            if micro > share > 0 == rest:
+            if not rest and micro > share:
                 raise UserError(f"{rule}; lower --micro_batch_size, to {share} at most")
             raise UserError(f"{rule}; take for example --batch_size={-(-train.batch_size // (micro * world)) * micro * world}")
         if len(self.splits["train"]) <= config.block_size:
@@ -1101,15 +1101,15 @@ def report(out, needed=False):
 
 def draw(path, sweeps, method, height):
     """Draws sweeps one below the other; where there is none, an older picture goes."""
-    path.unlink(missing_ok=True)
-    if sweeps:
-        plt = pyplot()
-        figure = plt.figure(figsize=(10, height * len(sweeps)), layout="constrained")
-        for sweep, part in zip(sweeps, np.atleast_1d(figure.subfigures(len(sweeps)))):
-            part.suptitle(sweep.title)
-            method(sweep, part)
-        write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-        plt.close(figure)
+    if not sweeps:
+        return path.unlink(missing_ok=True)
+    plt = pyplot()
+    figure = plt.figure(figsize=(10, height * len(sweeps)), layout="constrained")
+    for sweep, part in zip(sweeps, np.atleast_1d(figure.subfigures(len(sweeps)))):
+        part.suptitle(sweep.title)
+        method(sweep, part)
+    write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
