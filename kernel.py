@@ -410,9 +410,9 @@ def backward(d_out, q, v, q_ctx, ctx, decay, out, lse, launch=launch):
     """The gradients of all five inputs; an empty tensor for one that is None."""
     (B, T, H, D), S, widths = q.shape, v.size(1), constants(q, ctx, decay)
     sizes = T, S, H, LOG2_E / math.sqrt(D)
-    inputs = *strided(q, v, q_ctx, ctx), decay
+    inputs, by_queries = (*strided(q, v, q_ctx, ctx), decay), lambda config: (B * H, triton.cdiv(T, config["M"]))
     d_out, delta = d_out.contiguous(), torch.empty_like(lse)                    # sum().backward() hands down one number
-    launch(delta_kernel, (B * H, triton.cdiv(T, 64)), *strided(out, d_out, delta), T, H, D=D, M=64)
+    launch(delta_kernel, by_queries, *strided(out, d_out, delta), T, H, D=D, M=64)
 
     d_v, d_ctx = v.new_empty(v.shape), None if ctx is None else ctx.new_empty(B, S, H, ctx.size(-1))
     launch(token_backward_kernel, lambda config: (B * H, triton.cdiv(S, config["N"])), *inputs,
@@ -421,8 +421,7 @@ def backward(d_out, q, v, q_ctx, ctx, decay, out, lse, launch=launch):
 
     d_q, d_q_ctx = q.new_empty(q.shape), None if ctx is None else q_ctx.new_empty(q_ctx.shape)
     d_decay = None if decay is None else torch.empty_like(lse)
-    launch(query_backward_kernel, lambda config: (B * H, triton.cdiv(T, config["M"])), *inputs,
-           *strided(lse, d_out, delta, d_q, d_q_ctx, d_decay), *sizes, **widths)
+    launch(query_backward_kernel, by_queries, *inputs, *strided(lse, d_out, delta, d_q, d_q_ctx, d_decay), *sizes, **widths)
     d_decay = None if decay is None else (d_decay.sum((0, 1)) * -math.log(2) * math.sqrt(D)).type_as(decay)
     return tuple(q.new_empty(0) if x is None else x for x in (d_q, d_v, d_q_ctx, d_ctx, d_decay))
 

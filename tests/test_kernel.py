@@ -357,7 +357,7 @@ def test_the_compiled_model_takes_the_kernel_whole():
 def test_the_programs_take_the_kernel_and_say_so(folder, capsys):
     shape = ["--n_embd=32", "--attention=qv", "--eval_tokens=256"]
     for name in "torch", "triton":
-        assert call("train", *TINY, *shape, f"--kernel={name}", f"--out=out/{name}", f"--device={DEVICE}", "--dtype=float32", "--no-compile") is None
+        assert call("train", *TINY, *shape, f"--kernel={name}", f"--out=out/{name}", f"--device={DEVICE}", "--dtype=float32") is None
         assert f"attention by {name}" in capsys.readouterr().out
         assert call("sample", f"--out=out/{name}", f"--kernel={name}", "--prompt=wall", "--max_new_tokens=9", f"--device={DEVICE}") is None
         assert f"attention by {name}" in capsys.readouterr().err
