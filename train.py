@@ -743,6 +743,7 @@ def train_one(given):
             sys.exit(words if run.processes.rank == 0 else 1)
     run.finish()
     if not alone:
+        dist.barrier()                                                               # nobody leaves while another still works
         dist.destroy_process_group()
 
 
