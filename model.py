@@ -22,11 +22,18 @@ formulas G and V are also the contexts g and the values v of all tokens, as matr
 """
 
 import math
+import os
+import pickle
+import zipfile
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from prepare import UserError, reason
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Positions: a GPT-2 style table added at the input (`learned`, in class GPT), or one of these two inside attention.
@@ -330,14 +337,14 @@ class Cache:
 
 def option(default, help, choices=None, only=None):
     """A configuration field that explains itself: the help text is both its comment and what --help prints. `only` says with
-    which values of other fields this one counts."""
-    help = f"{' under '.join(only.values())}: {help}" if only else help
+    which values of other fields this one counts: {"attention": ("gqa", "mine")}."""
+    help = f"{' under '.join('/'.join(values) for values in only.values())}: {help}" if only else help
     return field(default=default, metadata={"help": help, "choices": choices, "only": only or {}})
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. None stands for a default that depends on the other fields and is filled in. Raises ValueError
+    """The shape of a GPT. None stands for a default that depends on the other fields and is filled in. Raises UserError
     (field, value, rule, a value that works) where the fields do not fit together."""
 
     attention: str = option("qv_ka", "what a token leaves behind for later ones to attend to", ATTENTIONS)
@@ -348,17 +355,17 @@ class GPTConfig:
     n_head: int = option(6, "attention heads in each block")
     n_embd: int = option(384, "width of the residual stream; the heads share it equally")
     dropout: float = option(0.0, "fraction of activations dropped in training")
-    n_kv_head: int | None = option(None, "key/value heads, 1 is MQA (default: half the heads, so as much cache as qv)", only=dict(attention="gqa"))
-    d_latent: int | None = option(None, "width of the latent (default: 4 x head width, as in DeepSeek-V2)", only=dict(attention="mla"))
-    d_rope: int | None = option(None, "width of the rotary key (default: half the head width, likewise)", only=dict(attention="mla", pos="rope"))
-    d_ctx: int | None = option(None, "width of the context vector (default: 2 x head width)", only=dict(attention="qv_ka"))
-    shared_wk: bool = option(False, "one W_K for all heads instead of one each", only=dict(attention="qv_ka"))
+    n_kv_head: int | None = option(None, "key/value heads, 1 is MQA (default: half the heads, so as much cache as qv)", only=dict(attention=("gqa",)))
+    d_latent: int | None = option(None, "width of the latent (default: 4 x head width, as in DeepSeek-V2)", only=dict(attention=("mla",)))
+    d_rope: int | None = option(None, "width of the rotary key (default: half the head width, likewise)", only=dict(attention=("mla",), pos=("rope",)))
+    d_ctx: int | None = option(None, "width of the context vector (default: 2 x head width)", only=dict(attention=("qv_ka",)))
+    shared_wk: bool = option(False, "one W_K for all heads instead of one each", only=dict(attention=("qv_ka",)))
     n_inner: int | None = option(None, "width of the MLP (default: 4 x n_embd)")
 
     def __post_init__(self):
         def check(ok, name, rule):
             if not ok:
-                raise ValueError(f"{name}={getattr(self, name)!r} {rule}")
+                raise UserError(f"{name}={getattr(self, name)!r} {rule}")
 
         for name, choices in ("attention", ATTENTIONS), ("pos", POSITIONS):
             check(getattr(self, name) in choices, name, f"is unknown; choose one of {', '.join(choices)}")
@@ -452,16 +459,62 @@ class GPT(nn.Module):
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
-    def use_kernel(self, kernel):
-        """Lets QV or QV-Ka attend by the fused kernel: `kernel` is the module kernel.py, or None for PyTorch. Raises
-        ValueError for an attention that has keys."""
-        for block in self.blocks:
-            if kernel is not None and not isinstance(block.attention, QV):
+    def use_kernel(self, name, context):
+        """Lets QV or QV-Ka attend by kernel.py where `name` is triton; returns what is used, torch or triton (auto is torch:
+        no GPU has measured yet where the kernel is faster). Raises UserError where a trial in that autocast context fails."""
+        if name != "triton":
+            return "torch"
+        device = self.wte.weight.device
+        try:
+            kernel = import_module("kernel")
+            if device.type != "cuda" and not kernel.INTERPRETED:
+                raise ValueError(f"it needs a CUDA GPU, and this is {device}")
+            if not isinstance(self.blocks[0].attention, QV):
                 raise ValueError(f"attention={self.config.attention!r} has keys; the fused kernel is for qv and qv_ka")
-            block.attention.kernel = kernel
+            for block in self.blocks:
+                block.attention.kernel = kernel
+            with torch.no_grad(), context:
+                self(torch.zeros(1, min(2, self.config.block_size), dtype=torch.int64, device=device))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--kernel=triton cannot be used here: {reason(error)}; or take --kernel=torch") from None
+        return "triton"
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """The model of a checkpoint file, on the device, and the checkpoint itself: a dict as CHECKPOINT lists it. Raises
+        UserError where there is none, or one that is damaged, older, or of another model.py."""
+        path = Path(path)
+        if not path.is_file():
+            runs = sorted(str(run.parent) for run in path.parent.rglob("last.pt"))
+            raise UserError(f"there is no checkpoint {path}; --out takes the folder of a run that train.py has made"
+                            + (f", for example {runs[0]}" if runs else ""))
+        try:
+            with zipfile.ZipFile(path) as archive:                                   # torch.load looks at no checksum
+                if name := archive.testzip():
+                    raise ValueError(f"{name} in it is not what was written")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+                raise ValueError(f"its format is not {CHECKPOINT_FORMAT}")
+            if wrong := [key for key, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(key), kind)]:
+                raise ValueError(f"{', '.join(wrong)} in it cannot be used")
+            model = cls(GPTConfig(**checkpoint["model_config"]))
+            model.load_state_dict(checkpoint["model"])
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({reason(error)}); mend that and try again") from None
+        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged, or of another model.py ({reason(error)}); copy the other of last.pt and "
+                            "best.pt over it, or train again") from None
+        return model.to(device), checkpoint
 
     def new_cache(self):
         return Cache(self.config.n_layer, self.config.block_size)
+
+    @torch.no_grad()
+    def cache_bytes(self):
+        """Bytes of the cache's buffers, for a whole context and for one token of it: measured, in the autocast context at hand."""
+        cache = self.new_cache()
+        self(torch.zeros(1, 1, dtype=torch.int64, device=self.wte.weight.device), cache=cache)
+        return cache.nbytes, cache.nbytes // cache.block_size
 
     @torch.no_grad()                     # not inference_mode: there autocast would convert every weight anew for every token
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
@@ -491,3 +544,36 @@ def sample(logits, temperature, top_k):
         logits = logits.masked_fill(logits < kth, -math.inf)
     logits = logits.float() - logits.max(-1, keepdim=True).values                    # at most 0, whatever it is divided by
     return torch.multinomial(torch.softmax(logits / max(temperature, 1e-30), dim=-1), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every program needs to run a model: a device, a precision, and what a checkpoint file holds.
+
+
+def choose_device(name):
+    """The torch.device of that name; auto is CUDA or MPS where there is one, else the CPU. Each process of torchrun's has a
+    GPU of its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        torch.empty(1, device=name).tolist()
+    except (RuntimeError, AssertionError) as error:                                  # no such backend, or none in this build
+        raise UserError(f"--device={name} cannot be used here ({reason(error)}); take --device=cpu or leave it out") from None
+    torch.set_float32_matmul_precision("high")                                       # TF32, where a GPU has it
+    return torch.device(name)
+
+
+def autocast(device, dtype):
+    """The context of a forward pass: matrix products in that dtype, all else in float32. auto is bfloat16 where a CUDA device
+    has it, else float32."""
+    if dtype == "auto":
+        bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if bfloat16 else "float32"
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+CHECKPOINT_FORMAT = 1                 # goes up when old weights would compute something else
+CHECKPOINT = {"format": int, "model": dict, "optimizer": dict, "model_config": dict, "train_config": dict, "tokenizer": dict,
+              "data_sha256": str, "step": int, "seconds": float, "best_val_loss": float, "losses": list, "log": list}
