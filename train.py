@@ -11,7 +11,6 @@ random in step i, its batch and its dropout, is a function of (seed, i) alone. S
 computes the same numbers as one that was not, and its batches do not depend on how many processes share them.
 """
 
-import contextlib
 import itertools
 import json
 import math
@@ -177,8 +176,8 @@ def add_up(numbers):
     if WORLD > 1:
         try:
             dist.all_reduce(numbers)
-        except RuntimeError:                                                         # the one that left has said why
-            sys.exit(1)
+        except RuntimeError as error:                                                # the one that left has said why
+            sys.exit(1 if "by peer" in str(error) else f"train.py: the processes lost each other ({reason(error)})")
     return numbers
 
 
@@ -211,7 +210,8 @@ def listen():
 
     def ask(number, frame):
         asked.append(number)
-        signal.signal(number, signal.default_int_handler)
+        if WORLD == 1:                                                               # torchrun sends every signal twice
+            signal.signal(number, signal.default_int_handler)
 
     for name in "SIGINT", "SIGTERM", "SIGHUP":
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
@@ -379,8 +379,7 @@ class Run:
 
 def main(argv=None):
     given = parse(argv)
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout                 # the first alone speaks
     try:
         run = Run(given) if RANK == 0 else None                                # the first prepares the data, or says
         if WORLD > 1:                                                          # what is wrong, while the others wait
