@@ -281,6 +281,18 @@ def test_resume_takes_new_flags_and_the_same_ones(folder):
     assert state["train_config"]["weight_decay"] == 5 and state["optimizer"]["state"][0]["step"] == 9
 
 
+def test_what_a_run_logs(folder, monkeypatch):
+    """The training loss is the mean since the last time; the randomness of every step is its own."""
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+    assert call("train", *TINY, "--out=out/new") is None
+    state = checkpoint("out/new")
+    assert [entry["train_loss"] for entry in state["log"]] == [np.mean(state["losses"][i : i + 3]) for i in (0, 3)]
+    assert [entry["tokens"] for entry in state["log"]] == [3 * 4 * 16, 6 * 4 * 16]
+    assert seeds[0] == 1337 and len(set(seeds)) == 7
+    assert state["losses"] == checkpoint("out/run")["losses"]
+
+
 def test_a_finished_run_says_again_what_it_said(folder, capsys):
     before = checkpoint("out/run")
     assert call("train", "--resume", "--out=out/run") is None
@@ -469,8 +481,7 @@ MISUSE = [
     ([*TINY, "--out=taken/run"], "file for folder", "taken/run cannot be made (Not a directory)"),
     (TINY, "file for out", "out/tiny-qv_ka-agf cannot be made (Not a directory)"),
     (["--resume", "--out=out/nowhere"], None, "there is no checkpoint out/nowhere/last.pt"),
-    (["--resume", "--out=out"], None, "there is no checkpoint out/last.pt; --out takes the folder of a run "
-     "that train.py has made, for example out/run"),
+    (["--resume", "--out=out"], None, "there is no checkpoint out/last.pt; --out takes the folder of a run"),
     (["--resume"], "no runs", "there is no run in out/"),
     (["--resume", "--out=out/run", "--max_steps=9", "--eval_tokens=9"], None, "--eval_tokens=9 cannot change a run"),
     (["--resume", "--out=out/run", "--n_embd=32"], None, "--n_embd=32 cannot change a run in the middle, which has 16"),
