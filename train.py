@@ -152,7 +152,7 @@ def windows(data, starts, length, device):
 
 
 def batch(data, train, block_size, step, device, rank=RANK, world=WORLD):
-    """This process's share of a step's sequences, (batch_size / world, block_size), from all over the data."""
+    """This process's share of a step's sequences (batch_size / world, block_size), a function of (seed, step) alone."""
     starts = np.random.default_rng((train.seed, step)).integers(len(data) - block_size, size=train.batch_size)
     return windows(data, np.split(starts, world)[rank], block_size, device)
 
@@ -354,6 +354,7 @@ class Run:
               f"heads, {config.n_embd} wide: {parameters:,} parameters\nplan:  {train.max_steps:,} steps of {tokens:,} "
               f"tokens, {tokens * train.max_steps / len(data):.2g} x {train.dataset}, on {WORLD} x {self.device} in "
               f"{str(self.context.fast_dtype).removeprefix('torch.')}, attention by {self.kernel}", flush=True)
+        self.save()                                                            # if that fails, now and not in an hour
         progress = Progress(train.max_steps, len(self.losses))
         while len(self.losses) < train.max_steps:
             stop, step = self.step(asked), len(self.losses)

@@ -338,6 +338,12 @@ def test_a_full_disk_keeps_the_last_checkpoint(folder):
     assert not list(Path("out/run").glob("*.tmp"))
 
 
+def test_what_cannot_be_written_is_said_before_the_first_step(folder, monkeypatch):
+    monkeypatch.setattr(train.Run, "step", lambda *args: pytest.fail("a step was taken"))
+    Path("out/new/log.jsonl").mkdir(parents=True)
+    assert "out/new/log.jsonl could not be written (Is a directory)" in call("train", *TINY, "--out=out/new")
+
+
 def test_a_new_run_never_overwrites_an_old_one(folder):
     for name in "tiny-qv-rope", "tiny-qv-rope-2":
         assert call("train", *TINY, "--attention=qv", "--pos=rope", "--max_steps=1") is None
