@@ -379,7 +379,7 @@ def test_two_processes_are_one(folder):
 
 
 FAILING = f"""
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import prepare, train
 
@@ -398,6 +398,8 @@ def failing_batch(data, config, block_size, step, device):
 def failing_write(path, write_to):
     if where == "save" and path.name == "last.pt":
         raise prepare.UserError("the disk is full")
+    if where == "stop":
+        time.sleep(0.1)                                             # a slow disk: the other one has to wait
     write(path, write_to)
 
 train.batch, train.write, sys.argv[0] = failing_batch, failing_write, "train.py"
@@ -408,6 +410,8 @@ for where in "stop", "nan", "save", "data":
         prepare.run(lambda: train.main([f"--dataset={{dataset}}", f"--out=out/{{where}}", *sys.argv[1:]]))
     except SystemExit as stop:
         print(where, stop.code, file=sys.__stdout__, flush=True)
+        if where == "stop":
+            print(train.torch.load("out/stop/last.pt", weights_only=True)["step"], file=sys.__stdout__, flush=True)
 """
 
 
@@ -418,14 +422,18 @@ def test_when_one_process_fails_both_leave(folder):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     processes = [subprocess.Popen(command, **pipes, env={**environment, "RANK": str(rank)}) for rank in range(2)]
-    first, errors = processes[0].communicate(timeout=40)
-    processes[1].terminate()                                        # as torchrun does with those that wait
-    second, more_errors = processes[1].communicate(timeout=60)
+    try:
+        first, errors = processes[0].communicate(timeout=60)
+        processes[1].terminate()                                    # as torchrun does with those that wait
+        second, more_errors = processes[1].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
     expected = ["stop stopped after step 5, which is saved", "nan train.py: the loss is nan at step 5",
                 "save train.py: the disk is full", "data train.py: data set 'nowhere' is missing"]
     sentences = [line for line in first.splitlines() if line.startswith(("stop ", "nan ", "save ", "data "))]
     assert [line[: len(words)] for line, words in zip(sentences, expected, strict=True)] == expected, errors
-    assert second.splitlines() == ["stop 1", "nan 1", "save 1"] and "Error" not in errors + more_errors, more_errors
+    assert second.splitlines() == ["stop 1", "5", "nan 1", "save 1"] and "Error" not in errors + more_errors, more_errors
     assert [checkpoint(f"out/{where}")["step"] for where in ("stop", "nan")] == [5, 3]
     assert [path.name for path in Path("out/save").glob("*.pt")] == ["best.pt"]
 
