@@ -11,14 +11,16 @@ remembers of each token (`write`: exactly what a KV cache stores), and how keys 
 
     attention   remembered per token           key           value     numbers per token and layer
     qkv         k, v                           k             v         2 H D
-    gqa         k, v of G heads, G divides H   k             v         2 G D
+    gqa         k, v of G heads                k             v         2 G D
     mla         latent c, rotary key r         [up_k(c); r]  up_v(c)   d_latent (+ d_rope under rope)
-    qv          v                              v             v         H D
-    qv_ka       v, and a context g             [g; v] W_K    v         H D + d_ctx
+    qv          v of G heads                   v             v         G D
+    qv_ka       v of G heads, context g        [g; v] W_K    v         G D + d_ctx
+
+Where G is less than H, a key or value head serves H / G query heads. Under rope, what is remembered is rotated.
 
 Letters in shapes, all of them: B batch, T new tokens, S remembered tokens (the T new ones are the last of them),
-C n_embd, H heads, G key/value heads, D = C / H head width, L d_latent, R d_rope, E d_ctx, V vocabulary. (In the paper's
-formulas G and V are also the contexts g and the values v of all tokens, as matrices.)
+C n_embd, H heads, G key/value heads (G divides H), D = C / H head width, L d_latent, R d_rope, E d_ctx, V vocabulary.
+(In the paper's formulas G and V are also the contexts g and the values v of all tokens, as matrices.)
 """
 
 import math
@@ -29,41 +31,62 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Positions: a GPT-2 style table added at the input (`learned`, in class GPT), or one of these two inside attention.
+# Positions. A table is added at the input, learned (GPT-2) or sinusoidal; or one of two modules works in attention.
+
+
+class Sinusoids(nn.Module):
+    """The fixed table of "Attention Is All You Need" (arXiv:1706.03762, section 3.5), the paper's baseline: sines, then
+    cosines, of waves that are 2 pi to 10000 * 2 pi tokens long. It is as large as token embeddings are at the start:
+    unscaled it would be some 20 times larger, and the first LayerNorm would leave next to nothing of the tokens. (There,
+    embeddings are multiplied by sqrt(C) instead.)"""
+
+    def __init__(self, block_size, width):
+        super().__init__()
+        angle = torch.arange(block_size)[:, None] * 10000.0 ** (-torch.arange(0, width, 2) / width)       # (block_size, C/2)
+        waves = torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :width]             # of mean square 1/2
+        self.register_buffer("weight", math.sqrt(2) * embedding_std(width) * waves, persistent=False)
+
+
+def embedding_std(width):
+    """With tied embeddings, logits at the start are of std 0.3: a loss within 0.1 of ln(V)."""
+    return 0.3 * width**-0.5
 
 
 class Rotary(nn.Module):
-    """RoPE (arXiv:2104.09864): turn pairs of numbers, one from each half of the vector, by angles that grow with the token's
-    position, so that the dot product of two rotated vectors depends on their distance alone."""
+    """RoPE (arXiv:2104.09864): turn each pair of neighbouring numbers by an angle that grows with the token's position, so
+    that the dot product of two rotated vectors depends on their distance alone. `widths` are those of vectors that lie
+    side by side and are rotated in one go, each from its fastest pair to its slowest."""
 
-    def __init__(self, width, block_size):
+    def __init__(self, widths, block_size):
         super().__init__()
-        frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)                  # (width/2,)
-        angle = torch.arange(block_size)[:, None, None] * frequency                  # (block_size, 1, width/2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        frequency = torch.cat([10000.0 ** (-torch.arange(0, width, 2) / width) for width in widths])
+        angle = torch.arange(block_size)[:, None] * frequency                        # (block_size, half of all widths)
+        cos, sin = angle.cos(), angle.sin()
+        table = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]).flatten(-2)
+        self.register_buffer("table", table, persistent=False)                       # (2, block_size, sum of widths)
 
-    def forward(self, x, start):
-        """x (B, T, heads, width), whose first token stands at absolute position `start`; the same shape comes back."""
-        cos, sin = (table[start : start + x.size(1)] for table in (self.cos, self.sin))   # (T, 1, width/2)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+    def forward(self, x, start, turn=1, column=0):
+        """x (B, T, heads, width), whose first token stands at absolute position `start`, by the table from `column` on; the
+        same shape comes back. The pair (a, b) becomes (a cos - b sin, b cos + a sin); turn = -1 undoes that."""
+        cos, sin = self.table[:, start : start + x.size(1), None, column : column + x.size(-1)]          # (T, 1, width)
+        swapped = x.view(*x.shape[:-1], -1, 2).flip(-1).view(x.shape)                # (b, a)
+        return torch.addcmul(x * cos, swapped, sin, value=turn).type_as(x)
 
 
 class Decay(nn.Module):
     """Our reading of AGF (arXiv:2603.04805; the source of its exact formula is not public): a key at distance r counts
-    (1 + r)^(-a_h) times what one at distance 0 does. Each head learns its exponent a_h > 0, kept positive as exp(log_a); they start between
-    1/4, which sees far, and 4, which sees little but the token itself."""
+    (1 + r)^(-a_h) times what one at distance 0 does. Each head learns its exponent a_h > 0, kept positive as exp(log_a);
+    they start between 1/4, which sees far, and 4, which sees little but the token itself."""
 
     def __init__(self, n_head):
         super().__init__()
         self.log_a = nn.Parameter(torch.linspace(math.log(0.25), math.log(4.0), n_head))
 
     def forward(self, T, S):
-        """The power law as an additive logit bias, -a_h log(1 + r): (1, H, T, S)."""
+        """The power law as an additive logit bias, -a_h log(1 + r): (H, T, S), float32 under autocast, too."""
         i, j = (torch.arange(n, device=self.log_a.device) for n in (T, S))
         distance = (i[:, None] + S - T - j).clamp(min=0)                             # the last query is the last key
-        return -self.log_a.exp()[None, :, None, None] * torch.log1p(distance.to(self.log_a.dtype))
+        return -self.log_a.exp()[:, None, None] * torch.log1p(distance.to(self.log_a.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,14 +100,15 @@ class Attention(nn.Module):
     read(q, memory)    q, k, v for `attend`, and optionally a score to add; memory is a tuple of (B, S, ...)
     """
 
-    def __init__(self, config, d_query=None, d_rotary=None):
+    def __init__(self, config, d_query=None, rotated=None):
+        """d_query is a query's width, and `rotated` the widths of what RoPE rotates; D and (D,) if they are not given."""
         super().__init__()
         C, H, D = config.n_embd, config.n_head, config.n_embd // config.n_head
         self.n_head, self.d_head, self.p_dropout = H, D, config.dropout
         self.scale = (d_query or D) ** -0.5
         self.q = nn.Linear(C, H * (d_query or D), bias=False)
         self.out = nn.Linear(C, C, bias=False)
-        self.rotary = Rotary(d_rotary or D, config.block_size) if config.pos == "rope" else None
+        self.rotary = Rotary(rotated or (D,), config.block_size) if config.pos == "rope" else None
         self.decay = Decay(H) if config.pos == "agf" else None
 
     def forward(self, x, start=0, cache=None):
@@ -101,43 +125,58 @@ class Attention(nn.Module):
         return self.attend(*self.read(q, memory))
 
     def attend(self, q, k, v, score=None):
-        """softmax(scale q k^T + score) v over the keys that a query may see.
+        """softmax(scale (q k^T + score) + decay) v over the keys that a query may see.
 
-        q (B, T, H, *), k and v (B, S, G, *) where G divides H, score (B, H, T, S); returns (B, T, H, width of v).
-        Query t stands at absolute position S - T + t and sees the keys up to there."""
-        T, S, G = q.size(1), k.size(1), k.size(2)
-        if self.decay is not None:
-            decay = self.decay(T, S).type_as(q)                                      # (1, H, T, S)
-            score = decay if score is None else score + decay
-        # SDPA aligns its own mask to the first key: right only if T == S. (torch.compile may make a symbol of `1 < T == S`
+        q (B, T, H, *), k and v (B, S, G, *), score (B, H, S) only where T = 1 < S; returns (B, T, H, width of v). Query t
+        stands at absolute position S - T + t and sees the keys up to there. Score and decay stay in float32 under
+        autocast."""
+        T, S, G, width = q.size(1), k.size(1), k.size(2), v.size(-1)
+        bias = None if self.decay is None else self.decay(T, S)                      # (H, T, S)
+        if T == 1 < S:
+            return self.attend_once(q, k, v, score, bias)
+        # SDPA aligns its own mask to the first key: right only if T == S. (torch.compile may make a symbol of `T == S`
         # where T varies, but not of an `if`, and SDPA takes no symbol.)
-        is_causal = True if score is None and 1 < T == S else False
-        if T > 1 and not is_causal:
+        is_causal = True if bias is None and T == S else False
+        if not is_causal:
             future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-            score = (q.new_zeros(T, S) if score is None else score).masked_fill(future, -math.inf)
+            bias = (q.new_zeros(T, S) if bias is None else bias).masked_fill(future, -math.inf)
+            q, k, v = (x.type_as(bias) for x in (q, k, v))
+        if width < k.size(-1):
+            v = F.pad(v, (0, k.size(-1) - width))                                    # SDPA is fast for equal widths only
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))                             # (B, heads, tokens, width)
-        if T == 1:
-            # H/G query heads ask a key head for one token: as good as one head asking for H/G tokens, all of which see all S.
-            # SDPA then need not copy the key for every head, as enable_gqa does on a CPU.
-            q = q.unflatten(1, (G, -1)).squeeze(3)                                   # (B, H, 1, *) -> (B, G, H/G, *)
-            score = None if score is None else score.unflatten(1, (G, -1)).squeeze(3)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=score, is_causal=is_causal, dropout_p=self.p_dropout if self.training else 0.0,
-            scale=self.scale, enable_gqa=q.size(1) != G)
-        return y.reshape(-1, self.n_head, T, v.size(-1)).transpose(1, 2)
+        with torch.autocast(q.device.type, enabled=False):
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, is_causal=is_causal, dropout_p=self.p_dropout if self.training else 0.0,
+                scale=self.scale, enable_gqa=G != self.n_head)
+        return y[..., :width].transpose(1, 2)
+
+    def attend_once(self, q, k, v, score, bias):
+        """`attend` for the one query of a decoding step, which sees all keys. The H / G query heads that share a key head
+        become H / G queries of one head: then no key has to be copied for each of them."""
+        if score is not None:
+            bias = self.scale * score[:, :, None] if bias is None else torch.add(bias, score[:, :, None], alpha=self.scale)
+        q = q.unflatten(2, (k.size(2), -1)).squeeze(1)                               # (B, 1, H, *) -> (B, G, H/G, *)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)                                  # (B, G, S, *)
+        if bias is not None:
+            bias = bias.reshape(-1, *q.shape[1:3], k.size(2))                        # (B or 1, H, 1, S) -> (.., G, H/G, S)
+        if bias is None or bias.dtype == q.dtype:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        else:                                                                        # SDPA would round the bias
+            y = (self.scale * q @ k.mT + bias).softmax(-1) @ v
+        return y.flatten(1, 2)[:, None]                                              # (B, 1, H, *)
 
     def weights(self, x):
         """The weights (B, H, T, T) by which the tokens x (B, T, C) attend to each other: with the identity for values,
         the output of attention is its weights."""
         q, k, v, *score = self.read(self.query(x, 0), self.write(x, 0))
-        identity = torch.eye(x.size(1)).type_as(v)[None, :, None].expand(len(v), -1, v.size(2), -1)        # (B, T, G, T)
+        identity = torch.eye(x.size(1)).type_as(v)[None, :, None].expand(len(v), -1, v.size(2), -1)      # (B, T, G, T)
         return self.attend(q, k, identity, *score).transpose(1, 2)
 
     def heads(self, x):
         return x.unflatten(-1, (-1, self.d_head))                                    # (B, T, H D) -> (B, T, H, D)
 
-    def rotate(self, x, start):
-        return x if self.rotary is None else self.rotary(x, start)
+    def rotate(self, x, start, **options):
+        return x if self.rotary is None else self.rotary(x, start, **options)
 
 
 class QKV(Attention):
@@ -164,13 +203,14 @@ class GQA(QKV):
 
 
 class MLA(Attention):
-    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, eq. 9-19): keys and values of all heads are read from
-    one small latent c. When decoding, up_k folds into the query and up_v into the output, and attention runs straight over
-    the latents. RoPE on the keys would forbid that, so position gets a key r of its own, which the heads share."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, eq. 9-11 and 14-19): keys and values of all heads are
+    read from one small latent c. The queries are not compressed, as in DeepSeek-V2-Lite; the latent is normalised, as in
+    both. When decoding, up_k folds into the query and up_v into the output, and attention runs straight over the latents.
+    RoPE on the keys would forbid that, so position gets a key r of its own, which the heads share."""
 
     def __init__(self, config):
         D, L, R = config.n_embd // config.n_head, config.d_latent, config.d_rope if config.pos == "rope" else 0
-        super().__init__(config, d_query=D + R, d_rotary=R)
+        super().__init__(config, d_query=D + R, rotated=(R,))
         self.widths = L, R
         self.down = nn.Linear(config.n_embd, L + R, bias=False)
         self.up_k = nn.Parameter(torch.empty(config.n_head, L, D))
@@ -178,17 +218,18 @@ class MLA(Attention):
 
     def query(self, x, start):
         q, q_r = self.q(x).unflatten(-1, (self.n_head, -1)).tensor_split([self.d_head], dim=-1)
-        return torch.cat([q, self.rotate(q_r, start)], dim=-1)                       # (B, T, H, D + R)
+        if start > 0:                                                                # q . up_k(c) = up_k^T(q) . c
+            q = per_head(self.up_k, q)                                               # (B, T, H, L)
+        return torch.cat([q, self.rotate(q_r, start)], dim=-1)                       # (B, T, H, D + R or L + R)
 
     def write(self, x, start):
         c, r = self.down(x)[:, :, None].split(self.widths, dim=-1)
+        c = F.rms_norm(c, c.shape[-1:], eps=1e-6)                                    # without a gain: up_k and up_v have one
         return (torch.cat([c, self.rotate(r, start)], dim=-1),)                      # (B, T, 1, L + R)
 
     def read(self, q, memory):
-        if has_past(q, memory):                    # q . up_k(c) = up_k^T(q) . c: the memory is the one head's key and value
-            q, q_r = q.tensor_split([self.d_head], dim=-1)
-            q = torch.einsum("bthd,hld->bthl", q, self.up_k)
-            return torch.cat([q, q_r], dim=-1), *memory, *memory                     # (B, T, H, L + R), (B, S, 1, L + R)
+        if has_past(q, memory):
+            return q, *memory, *memory                                               # the one head's key and value
         c, r = memory[0].split(self.widths, dim=-1)                                  # (B, S, 1, L), (B, S, 1, R)
         k = torch.einsum("bsl,hld->bshd", c[:, :, 0], self.up_k)
         v = torch.einsum("bsl,hld->bshd", c[:, :, 0], self.up_v)
@@ -197,34 +238,42 @@ class MLA(Attention):
     def mix(self, q, memory):
         y = super().mix(q, memory)
         if has_past(q, memory):                    # y is a mean of memories [c ; r]; the mean of up_v(c) is up_v of the mean
-            y = torch.einsum("bthl,hld->bthd", y[..., : self.widths[0]], self.up_v)
+            y = per_head(self.up_v.mT, y[..., : self.widths[0]])
         return y                                                                     # (B, T, H, D)
 
 
 class QV(Attention):
     """Attention without keys (arXiv:2603.15665): softmax(Q V^T / sqrt(D)) V. What a token is remembered for is also what
-    it is found by. It stays unrotated as a value, so under RoPE the copy that is scored is rotated when read."""
+    it is found by. With G < H values, one serves several heads (Grouped-Tied Attention, arXiv:2505.21487).
 
-    kernel = None                                                                    # kernel.py, if GPT.use_kernel was called
+    Under RoPE a value is rotated once, when it is written, and the answer is turned back by the query's position i:
 
-    def __init__(self, config, **widths):
-        super().__init__(config, **widths)
-        self.v = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        score  (R_i q_i) . (R_j v_j) = q_i . R_(j-i) v_j,      answer  R_i^T sum_j p_ij R_j v_j = sum_j p_ij R_(j-i) v_j
+
+    So all depends on distances alone, and one memory still serves as key and as value. The price: a value arrives
+    turned by its distance, so position is no longer kept out of it."""
+
+    kernel = None                                                              # kernel.py, if GPT.use_kernel was called
+
+    def __init__(self, config, d_ctx=0):
+        G, D = config.n_kv_head, config.n_embd // config.n_head
+        super().__init__(config, rotated=(d_ctx,) + G * (D,) if d_ctx else None)
+        self.d_ctx = d_ctx
+        self.v = nn.Linear(config.n_embd, G * D, bias=False)
 
     def write(self, x, start):
-        return (self.heads(self.v(x)),)                                              # (B, T, H, D)
+        return (self.rotate(self.heads(self.v(x)), start),)                          # (B, T, G, D)
 
     def read(self, q, memory):
-        (v,) = memory
-        return q, self.rotate(v, 0), v
+        return q, *memory, *memory
 
     def mix(self, q, memory):
-        return super().mix(q, memory) if self.kernel is None else self.fused(q, *memory)
+        y = super().mix(q, memory) if self.kernel is None else self.fused(q, *memory)
+        return self.rotate(y, memory[0].size(1) - q.size(1), turn=-1, column=self.d_ctx)                # (B, T, H, D)
 
     def fused(self, q, v, q_ctx=None, ctx=None):
-        """`mix` by kernel.py, which loads each value once, as key and as value. Raises ValueError for what it cannot do."""
-        if self.rotary is not None and ctx is None:
-            raise ValueError("pos='rope' scores a rotated copy of QV's values, and the fused kernel has no copy; take agf or learned")
+        """The same by kernel.py, which loads each value once, as key and as value. Raises ValueError for what it cannot
+        do."""
         if self.training and self.p_dropout:
             raise ValueError(f"dropout={self.p_dropout} of attention weights is not in the fused kernel; train with dropout=0")
         decay = None if self.decay is None else self.decay.log_a.exp()               # (H,)
@@ -240,42 +289,52 @@ class QVKa(QV):
 
         q . k_j  =  q . W_K^T [g_j ; v_j]  =  (W_K q) . [g_j ; v_j]  =  q_ctx . g_j  +  q_v . v_j,
 
-    it never has to exist: QV-Ka is QV plus a score from the context. RoPE turns g and q_ctx: position lives in the
-    context, meaning in the value."""
+    it never has to be remembered: QV-Ka is QV plus a score from the context. Under RoPE, g and v are rotated when they
+    are written and both halves of W_K q when they ask; the answer is turned back, as in QV."""
 
     def __init__(self, config):
-        super().__init__(config, d_rotary=config.d_ctx)
-        self.widths = config.d_ctx, self.d_head                                      # E, D
+        super().__init__(config, config.d_ctx)
         self.ctx = nn.Linear(config.n_embd, config.d_ctx, bias=False)
         n_wk = 1 if config.shared_wk else config.n_head
-        self.w_k = nn.Parameter(torch.empty(n_wk, sum(self.widths), self.d_head))
+        self.w_k = nn.Parameter(torch.empty(n_wk, config.d_ctx + self.d_head, self.d_head))
 
     def query(self, x, start):
-        return self.heads(self.q(x))                                                 # rotated in `read`, once folded
+        """q (B, T, H, D); or, where no key is made of the memory, W_K q = [q_ctx ; q_v], (B, T, H, E + D)."""
+        q = self.heads(self.q(x))
+        if start == 0 and self.rotary is None and self.kernel is None:
+            return q
+        return self.rotate(per_head(self.w_k, q), start)
 
     def write(self, x, start):
-        ctx = self.rotate(self.ctx(x)[:, :, None], start).squeeze(2)
-        return *super().write(x, start), ctx                                         # (B, T, H, D), (B, T, E)
+        row = torch.cat([self.ctx(x), self.v(x)], dim=-1)[:, :, None]                # (B, T, 1, E + G D)
+        g, v = self.rotate(row, start).squeeze(2).tensor_split([self.d_ctx], dim=-1)
+        return self.heads(v), g                                                      # (B, T, G, D), (B, T, E)
 
     def read(self, q, memory):
-        v, ctx = memory                                                              # (B, S, H, D), (B, S, E)
-        if self.rotary is None and not has_past(q, memory):                          # training: K by one matmul, used T times,
-            w_ctx, w_v = self.w_k.expand(self.n_head, -1, -1).split(self.widths, dim=1)          # (H, E, D), (H, D, D)
-            k = torch.einsum("bse,hed->bshd", ctx, w_ctx) + torch.einsum("bshc,hcd->bshd", v, w_v)
-            return q, k, v                                                           # costs less than T wider scores
-        q_v, q_ctx = self.fold(q, ctx)
-        score = self.scale * q_ctx.flatten(1, 2) @ ctx.mT                            # (B, T H, S)
-        return q_v, v, v, score.unflatten(1, (-1, self.n_head)).transpose(1, 2)
+        v, g = memory
+        if q.size(-1) == self.d_head:              # training: one K, by a matmul, costs less than T wider scores for each token
+            G, H = v.size(2), self.n_head
+            w_g, w_v = self.w_k.expand(H, -1, -1).tensor_split([self.d_ctx], dim=1)  # (H, E, D), (H, D, D)
+            k = torch.einsum("bse,hed->bshd", g, w_g) + torch.einsum(
+                "bsgc,ghcd->bsghd", v, w_v.unflatten(0, (G, -1))).flatten(2, 3)
+            return q, k, v.repeat_interleave(H // G, dim=2)                          # (B, S, H, D)
+        if q.size(1) > 1:                          # many queries: a key [g; v] for each head
+            k = torch.cat([g[:, :, None].expand(-1, -1, v.size(2), -1), v], dim=-1)
+            return q, k, v                                                           # (B, S, G, E + D), (B, S, G, D)
+        q_ctx, q_v = q.tensor_split([self.d_ctx], dim=-1)
+        with torch.autocast(q.device.type, enabled=False):                           # one: a score from the context apart
+            score = g.type_as(self.w_k) @ q_ctx[:, 0].type_as(self.w_k).mT           # (B, S, H)
+        return q_v, v, v, score.mT
 
-    def fold(self, q, ctx):
-        """W_K q: q_v (B, T, H, D), which asks for values, and q_ctx (B, T, H, E), which asks for contexts."""
-        folded = torch.einsum("bthd,hcd->bthc", q, self.w_k)                         # (B, T, H, E + D)
-        q_ctx, q_v = folded.split(self.widths, dim=-1)
-        return q_v, self.rotate(q_ctx, ctx.size(1) - q.size(1))
+    def fused(self, q, v, g):
+        q_ctx, q_v = q.tensor_split([self.d_ctx], dim=-1)
+        return super().fused(q_v, v, q_ctx, g)
 
-    def fused(self, q, v, ctx):
-        q_v, q_ctx = self.fold(q, ctx)
-        return super().fused(q_v, v, q_ctx, ctx)
+
+def per_head(w, x):
+    """Each head's matrix times its vector: w (H or 1, m, n), x (B, T, H, n) to (B, T, H, m)."""
+    y = x.flatten(0, 1).transpose(0, 1) @ w.mT                                       # (H, B T, m)
+    return y.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
 def has_past(q, memory):
@@ -285,7 +344,7 @@ def has_past(q, memory):
 
 
 ATTENTIONS = {"qkv": QKV, "gqa": GQA, "mla": MLA, "qv": QV, "qv_ka": QVKa}
-POSITIONS = ("learned", "rope", "agf")
+POSITIONS = ("learned", "sinusoidal", "rope", "agf")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,9 +388,9 @@ class Cache:
 
 
 def option(default, help, choices=None, only=None):
-    """A configuration field that explains itself: the help text is both its comment and what --help prints. `only` says with
-    which values of other fields this one counts."""
-    help = f"{' under '.join(only.values())}: {help}" if only else help
+    """A configuration field that explains itself: the help text is both its comment and what --help prints. `only` says
+    with which values of other fields this one counts: {field: values}."""
+    help = f"{' under '.join(map(', '.join, only.values()))}: {help}" if only else help
     return field(default=default, metadata={"help": help, "choices": choices, "only": only or {}})
 
 
@@ -341,18 +400,23 @@ class GPTConfig:
     (field, value, rule, a value that works) where the fields do not fit together."""
 
     attention: str = option("qv_ka", "what a token leaves behind for later ones to attend to", ATTENTIONS)
-    pos: str = option("agf", "positions: a learned table (GPT-2), rotary, or agf: a learned power law of distance", POSITIONS)
+    pos: str = option("agf", "positions: a learned table (GPT-2), a table of sinusoids, rotary, or agf: a learned power law "
+                      "of distance", POSITIONS)
     block_size: int = option(256, "context: how many tokens the model sees at once")
     vocab_size: int = option(65, "number of different tokens")
     n_layer: int = option(6, "number of blocks")
     n_head: int = option(6, "attention heads in each block")
     n_embd: int = option(384, "width of the residual stream; the heads share it equally")
     dropout: float = option(0.0, "fraction of activations dropped in training")
-    n_kv_head: int | None = option(None, "key/value heads, 1 is MQA (default: half the heads, so as much cache as qv)", only=dict(attention="gqa"))
-    d_latent: int | None = option(None, "width of the latent (default: 4 x head width, as in DeepSeek-V2)", only=dict(attention="mla"))
-    d_rope: int | None = option(None, "width of the rotary key (default: half the head width, likewise)", only=dict(attention="mla", pos="rope"))
-    d_ctx: int | None = option(None, "width of the context vector (default: 2 x head width)", only=dict(attention="qv_ka"))
-    shared_wk: bool = option(False, "one W_K for all heads instead of one each", only=dict(attention="qv_ka"))
+    n_kv_head: int | None = option(
+        None, "heads of keys and values, a divisor of n_head; 1 is MQA, or one value for all heads (default: n_head; for gqa "
+        "half of it, or 1 if it is odd)", only=dict(attention=("gqa", "qv", "qv_ka")))
+    d_latent: int | None = option(None, "width of the latent (default: 4 x head width, as in DeepSeek-V2)",
+                                  only=dict(attention=("mla",)))
+    d_rope: int | None = option(None, "width of the rotary key (default: half the head width, likewise)",
+                                only=dict(attention=("mla",), pos=("rope",)))
+    d_ctx: int | None = option(None, "width of the context vector (default: 2 x head width)", only=dict(attention=("qv_ka",)))
+    shared_wk: bool = option(False, "one W_K for all heads instead of one each", only=dict(attention=("qv_ka",)))
     n_inner: int | None = option(None, "width of the MLP (default: 4 x n_embd)")
 
     def __post_init__(self):
@@ -368,8 +432,9 @@ class GPTConfig:
         H = self.n_head
         check(self.n_embd % H == 0, "n_embd", f"must be a multiple of n_head={H}, for example {-(-self.n_embd // H) * H}")
         D = self.n_embd // H
-        derived = dict(n_kv_head=H // 2 if H % 2 == 0 else 1, d_latent=4 * D, d_rope=max(2, D // 4 * 2), d_ctx=2 * D,
-                       n_inner=4 * self.n_embd)
+        half = H // 2 if H % 2 == 0 else 1
+        derived = dict(n_kv_head=half if self.attention == "gqa" else H, d_latent=4 * D, d_rope=max(2, D // 4 * 2),
+                       d_ctx=2 * D, n_inner=4 * self.n_embd)
         for name, default in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
@@ -412,7 +477,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.pos == "learned" else None
+        table = {"learned": nn.Embedding, "sinusoidal": Sinusoids}.get(config.pos)
+        self.wpe = table and table(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
         for name, parameter in self.named_parameters():
@@ -420,12 +486,12 @@ class GPT(nn.Module):
 
     def init(self, name, parameter):
         """Matrices keep the scale of what they multiply, std 1/sqrt(fan_in), so a K or V made in two steps starts as large
-        as one made in one; those that add to the residual stream start smaller, as in GPT-2. Embeddings, tied to the
-        output, start with logits of std 0.3: a loss within 0.1 of ln(V). Vectors keep the values that their module gave."""
+        as one made in one; those that add to the residual stream start smaller, as in GPT-2. Vectors keep the values that
+        their module gave."""
         if parameter.dim() > 1:                            # (V, C), (fan_out, fan_in), or per head (H, fan_in, fan_out)
             std = parameter.size(1) ** -0.5
             if name.startswith("w"):                                                 # wte, wpe
-                std *= 0.3
+                std = embedding_std(parameter.size(1))
             if name.endswith("out.weight"):
                 std /= math.sqrt(2 * self.config.n_layer)
             nn.init.normal_(parameter, std=std)

@@ -163,9 +163,9 @@ def listed(given, name):
 
 def check_use(given):
     """Refuses a flag for an attention, or positions, that are not asked for."""
-    for name, (other, value) in ((name, item) for name in given for item in ONLY.get(name, {}).items()):
-        if value not in listed(given, other):
-            raise UserError(f"--{name}={given[name]} is for --{other}={value}; with --{other}={','.join(listed(given, other))}, leave it out")
+    for name, (other, values) in ((name, item) for name in given for item in ONLY.get(name, {}).items()):
+        if not set(values) & set(listed(given, other)):
+            raise UserError(f"--{name}={given[name]} is for --{other}={' or '.join(values)}; with --{other}={','.join(listed(given, other))}, leave it out")
 
 
 @contextlib.contextmanager
@@ -757,7 +757,8 @@ def spread(given, seeds):
     first = given.get("seed", TrainConfig.seed)
     runs = [{**given, "attention": attention, "pos": pos, "seed": seed} for seed in range(first, first + (seeds or 1))
             for pos in listed(given, "pos") for attention in listed(given, "attention")]
-    return [{name: x for name, x in run.items() if ONLY.get(name, {}).items() <= run.items()} for run in runs]
+    counts = lambda run, name: all(run[other] in values for other, values in ONLY.get(name, {}).items())
+    return [{name: x for name, x in run.items() if counts(run, name)} for run in runs]
 
 
 # What does not change what is learned, or has its own place in a run's name.

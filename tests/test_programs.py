@@ -696,7 +696,7 @@ MISUSE = [
     ("train", [*NEW, "--n_layer=0"], None, "--n_layer=0 must be at least 1"),
     ("train", [*NEW, "--n_head=3"], None, "--n_embd=16 must be a multiple of n_head=3, for example 18"),
     ("train", [*NEW, "--attention=gqa", "--n_kv_head=5"], None, "--n_kv_head=5 must divide n_head=2"),
-    ("train", [*NEW, "--n_kv_head=1"], None, "--n_kv_head=1 is for --attention=gqa; with --attention=qv_ka, leave it out"),
+    ("train", [*NEW, "--attention=mla", "--n_kv_head=1"], None, "--n_kv_head=1 is for --attention=gqa or qv or qv_ka; with --attention=mla, leave it out"),
     ("train", [*NEW, "--attention=qkv,qv", "--d_ctx=8"], None, "--d_ctx=8 is for --attention=qv_ka; with --attention=qkv,qv, leave it out"),
     ("train", [*NEW, "--attention=mla", "--d_rope=8"], None, "--d_rope=8 is for --pos=rope; with --pos=agf, leave it out"),
     ("train", ["--report", "--out=out/run"], None, "there is no folder of a finished run in out/run/"),
