@@ -27,7 +27,6 @@ sys.path.insert(0, str(ROOT))
 import kernel  # noqa: E402
 from kernel import qv_attention, qv_decode, triton  # noqa: E402
 from prepare import Parser, Progress, reason  # noqa: E402
-from train import pyplot  # noqa: E402
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 H, D, TOKENS = 12, 64, 16384                                 # training: heads, their width, tokens in each batch
@@ -65,13 +64,16 @@ def compiled(arch, function, *args, **constants):
                 shared=binary.metadata.shared, wgmma=binary.asm["ptx"].count("wgmma.mma_async"), waits=dump.count("WARPGROUP.DEPBAR"))
 
 
-def compile_report(arch, D, E, decay, dtype=DTYPE):
+def compile_report(arch, D, E, decay, dtype=DTYPE, B=2, T=1024, H=H, G=None, only=""):
     """A row for each kernel of a training step and of a decoding step; arch is 80 (A100) or 90 (H100, H200)."""
     triton.runtime.driver.set_active(Absent(arch))
-    rows, B, T = [], 2, 1024
-    empty = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")
-    launch = lambda function, grid, *args, **constants: rows.append(compiled(arch, function, *args, **constants))
-    q, v, d_out, lengths = empty(B, T, H, D), empty(B, T, H, D), empty(B, T, H, D), empty(B, dtype=torch.int32)
+    rows, empty = [], lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")
+
+    def launch(function, grid, *args, **constants):
+        if only in function.__name__:
+            rows.append(compiled(arch, function, *args, **constants))
+
+    q, v, d_out, lengths = empty(B, T, H, D), empty(B, T, G or H, D), empty(B, T, H, D), empty(B, dtype=torch.int32)
     q_ctx, ctx = (empty(B, T, H, E), empty(B, T, E)) if E else (None, None)
     a = empty(H, dtype=torch.float32) if decay else None
     out, lse = kernel.forward(q, v, q_ctx, ctx, a, launch=launch)
