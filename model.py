@@ -53,23 +53,21 @@ def embedding_std(width):
 
 
 class Rotary(nn.Module):
-    """RoPE (arXiv:2104.09864): turn each pair of neighbouring numbers by an angle that grows with the token's position, so
-    that the dot product of two rotated vectors depends on their distance alone. `widths` are those of vectors that lie
-    side by side and are rotated in one go, each from its fastest pair to its slowest."""
+    """RoPE (arXiv:2104.09864): turn pairs of numbers, one from each half of the vector, by angles that grow with the
+    token's position, so that the dot product of two rotated vectors depends on their distance alone."""
 
-    def __init__(self, widths, block_size):
+    def __init__(self, width, block_size):
         super().__init__()
-        frequency = torch.cat([10000.0 ** (-torch.arange(0, width, 2) / width) for width in widths])
-        angle = torch.arange(block_size)[:, None] * frequency                        # (block_size, half of all widths)
-        cos, sin = angle.cos(), angle.sin()
-        table = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]).flatten(-2)
-        self.register_buffer("table", table, persistent=False)                       # (2, block_size, sum of widths)
+        frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)                  # (width/2,)
+        angle = torch.arange(block_size)[:, None, None] * frequency                  # (block_size, 1, width/2)
+        self.register_buffer("cos", torch.cat([angle.cos(), angle.cos()], dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], dim=-1), persistent=False)
 
-    def forward(self, x, start, turn=1, column=0):
-        """x (B, T, heads, width), whose first token stands at absolute position `start`, by the table from `column` on; the
-        same shape comes back. The pair (a, b) becomes (a cos - b sin, b cos + a sin); turn = -1 undoes that."""
-        cos, sin = self.table[:, start : start + x.size(1), None, column : column + x.size(-1)]          # (T, 1, width)
-        swapped = x.view(*x.shape[:-1], -1, 2).flip(-1).view(x.shape)                # (b, a)
+    def forward(self, x, start, turn=1):
+        """x (B, T, heads, width), whose first token stands at absolute position `start`; the same shape comes back.
+        The pair (a, b) becomes (a cos - b sin, b cos + a sin); turn = -1 undoes that."""
+        cos, sin = (table[start : start + x.size(1)] for table in (self.cos, self.sin))          # (T, 1, width)
+        swapped = x.roll(x.size(-1) // 2, dims=-1)                                   # (b, a)
         return torch.addcmul(x * cos, swapped, sin, value=turn).type_as(x)
 
 
@@ -78,15 +76,17 @@ class Decay(nn.Module):
     (1 + r)^(-a_h) times what one at distance 0 does. Each head learns its exponent a_h > 0, kept positive as exp(log_a);
     they start between 1/4, which sees far, and 4, which sees little but the token itself."""
 
-    def __init__(self, n_head):
+    def __init__(self, n_head, block_size):
         super().__init__()
         self.log_a = nn.Parameter(torch.linspace(math.log(0.25), math.log(4.0), n_head))
+        distance = torch.arange(block_size - 1, -block_size, -1).clamp(min=0)        # from the farthest key; then the future
+        self.register_buffer("minus_log", -torch.log1p(distance), persistent=False)  # (2 block_size - 1,)
 
     def forward(self, T, S):
         """The power law as an additive logit bias, -a_h log(1 + r): (H, T, S), float32 under autocast, too."""
-        i, j = (torch.arange(n, device=self.log_a.device) for n in (T, S))
-        distance = (i[:, None] + S - T - j).clamp(min=0)                             # the last query is the last key
-        return -self.log_a.exp()[:, None, None] * torch.log1p(distance.to(self.log_a.dtype))
+        block_size = len(self.minus_log) // 2 + 1
+        rows = self.minus_log[block_size - S : block_size + T - 1].unfold(0, S, 1)   # each begins one token farther on, so
+        return self.log_a.exp()[:, None, None] * rows.flip(0)                        # the last query's, with all S, is first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,16 +100,15 @@ class Attention(nn.Module):
     read(q, memory)    q, k, v for `attend`, and optionally a score to add; memory is a tuple of (B, S, ...)
     """
 
-    def __init__(self, config, d_query=None, rotated=None):
-        """d_query is a query's width, and `rotated` the widths of what RoPE rotates; D and (D,) if they are not given."""
+    def __init__(self, config, d_query=None, d_rotary=None):
         super().__init__()
         C, H, D = config.n_embd, config.n_head, config.n_embd // config.n_head
         self.n_head, self.d_head, self.p_dropout = H, D, config.dropout
         self.scale = (d_query or D) ** -0.5
         self.q = nn.Linear(C, H * (d_query or D), bias=False)
         self.out = nn.Linear(C, C, bias=False)
-        self.rotary = Rotary(rotated or (D,), config.block_size) if config.pos == "rope" else None
-        self.decay = Decay(H) if config.pos == "agf" else None
+        self.rotary = Rotary(d_rotary or D, config.block_size) if config.pos == "rope" else None
+        self.decay = Decay(H, config.block_size) if config.pos == "agf" else None
 
     def forward(self, x, start=0, cache=None):
         q, memory = self.query(x, start), self.write(x, start)
@@ -125,15 +124,17 @@ class Attention(nn.Module):
         return self.attend(*self.read(q, memory))
 
     def attend(self, q, k, v, score=None):
-        """softmax(scale (q k^T + score) + decay) v over the keys that a query may see.
+        """softmax(scale q k^T + score + decay) v over the keys that a query may see.
 
-        q (B, T, H, *), k and v (B, S, G, *), score (B, H, S) only where T = 1 < S; returns (B, T, H, width of v). Query t
-        stands at absolute position S - T + t and sees the keys up to there. Score and decay stay in float32 under
+        q (B, T, H, *), k and v (B, S, G, *), score (B, H, 1, S) only where T = 1 < S; returns (B, T, H, width of v). Query
+        t stands at absolute position S - T + t and sees the keys up to there. Score and decay stay in float32 under
         autocast."""
         T, S, G, width = q.size(1), k.size(1), k.size(2), v.size(-1)
-        bias = None if self.decay is None else self.decay(T, S)                      # (H, T, S)
+        bias = score
+        if self.decay is not None:
+            bias = self.decay(T, S) if score is None else score + self.decay(T, S)   # (H, T, S) or (B, H, T, S)
         if T == 1 < S:
-            return self.attend_once(q, k, v, score, bias)
+            return self.attend_once(q, k, v, bias)
         # SDPA aligns its own mask to the first key: right only if T == S. (torch.compile may make a symbol of `T == S`
         # where T varies, but not of an `if`, and SDPA takes no symbol.)
         is_causal = True if bias is None and T == S else False
@@ -150,19 +151,18 @@ class Attention(nn.Module):
                 scale=self.scale, enable_gqa=G != self.n_head)
         return y[..., :width].transpose(1, 2)
 
-    def attend_once(self, q, k, v, score, bias):
+    def attend_once(self, q, k, v, bias):
         """`attend` for the one query of a decoding step, which sees all keys. The H / G query heads that share a key head
         become H / G queries of one head: then no key has to be copied for each of them."""
-        if score is not None:
-            bias = self.scale * score[:, :, None] if bias is None else torch.add(bias, score[:, :, None], alpha=self.scale)
-        q = q.unflatten(2, (k.size(2), -1)).squeeze(1)                               # (B, 1, H, *) -> (B, G, H/G, *)
+        q = q.view(len(q), k.size(2), -1, q.size(-1))                                # (B, 1, H, *) -> (B, G, H/G, *)
         k, v = k.transpose(1, 2), v.transpose(1, 2)                                  # (B, G, S, *)
         if bias is not None:
             bias = bias.reshape(-1, *q.shape[1:3], k.size(2))                        # (B or 1, H, 1, S) -> (.., G, H/G, S)
-        if bias is None or bias.dtype == q.dtype:
+        if k.size(1) > 1 and (bias is None or bias.dtype == q.dtype):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-        else:                                                                        # SDPA would round the bias
-            y = (self.scale * q @ k.mT + bias).softmax(-1) @ v
+        else:                              # SDPA would give one key head to one thread, and round a bias to a lower precision
+            scores = (k @ (self.scale * q).mT).mT                                    # (B, G, H/G, S)
+            y = (scores if bias is None else scores + bias).softmax(-1) @ v
         return y.flatten(1, 2)[:, None]                                              # (B, 1, H, *)
 
     def weights(self, x):
@@ -173,10 +173,10 @@ class Attention(nn.Module):
         return self.attend(q, k, identity, *score).transpose(1, 2)
 
     def heads(self, x):
-        return x.unflatten(-1, (-1, self.d_head))                                    # (B, T, H D) -> (B, T, H, D)
+        return x.view(*x.shape[:-1], -1, self.d_head)                                # (B, T, H D) -> (B, T, H, D)
 
-    def rotate(self, x, start, **options):
-        return x if self.rotary is None else self.rotary(x, start, **options)
+    def rotate(self, x, start, turn=1):
+        return x if self.rotary is None else self.rotary(x, start, turn)
 
 
 class QKV(Attention):
@@ -210,7 +210,7 @@ class MLA(Attention):
 
     def __init__(self, config):
         D, L, R = config.n_embd // config.n_head, config.d_latent, config.d_rope if config.pos == "rope" else 0
-        super().__init__(config, d_query=D + R, rotated=(R,))
+        super().__init__(config, d_query=D + R, d_rotary=R)
         self.widths = L, R
         self.down = nn.Linear(config.n_embd, L + R, bias=False)
         self.up_k = nn.Parameter(torch.empty(config.n_head, L, D))
@@ -255,11 +255,9 @@ class QV(Attention):
 
     kernel = None                                                              # kernel.py, if GPT.use_kernel was called
 
-    def __init__(self, config, d_ctx=0):
-        G, D = config.n_kv_head, config.n_embd // config.n_head
-        super().__init__(config, rotated=(d_ctx,) + G * (D,) if d_ctx else None)
-        self.d_ctx = d_ctx
-        self.v = nn.Linear(config.n_embd, G * D, bias=False)
+    def __init__(self, config):
+        super().__init__(config)
+        self.v = nn.Linear(config.n_embd, config.n_kv_head * self.d_head, bias=False)
 
     def write(self, x, start):
         return (self.rotate(self.heads(self.v(x)), start),)                          # (B, T, G, D)
@@ -269,7 +267,7 @@ class QV(Attention):
 
     def mix(self, q, memory):
         y = super().mix(q, memory) if self.kernel is None else self.fused(q, *memory)
-        return self.rotate(y, memory[0].size(1) - q.size(1), turn=-1, column=self.d_ctx)                # (B, T, H, D)
+        return self.rotate(y, memory[0].size(1) - q.size(1), turn=-1)                # (B, T, H, D)
 
     def fused(self, q, v, q_ctx=None, ctx=None):
         """The same by kernel.py, which loads each value once, as key and as value. Raises ValueError for what it cannot
@@ -293,7 +291,8 @@ class QVKa(QV):
     are written and both halves of W_K q when they ask; the answer is turned back, as in QV."""
 
     def __init__(self, config):
-        super().__init__(config, config.d_ctx)
+        super().__init__(config)
+        self.d_ctx = config.d_ctx
         self.ctx = nn.Linear(config.n_embd, config.d_ctx, bias=False)
         n_wk = 1 if config.shared_wk else config.n_head
         self.w_k = nn.Parameter(torch.empty(n_wk, config.d_ctx + self.d_head, self.d_head))
@@ -303,12 +302,17 @@ class QVKa(QV):
         q = self.heads(self.q(x))
         if start == 0 and self.rotary is None and self.kernel is None:
             return q
-        return self.rotate(per_head(self.w_k, q), start)
+        return self.rotate_pieces(per_head(self.w_k, q), start)
 
     def write(self, x, start):
-        row = torch.cat([self.ctx(x), self.v(x)], dim=-1)[:, :, None]                # (B, T, 1, E + G D)
-        g, v = self.rotate(row, start).squeeze(2).tensor_split([self.d_ctx], dim=-1)
-        return self.heads(v), g                                                      # (B, T, G, D), (B, T, E)
+        if self.rotary is None:
+            return self.heads(self.v(x)), self.ctx(x)                                # (B, T, G, D), (B, T, E)
+        row = self.rotate_pieces(torch.cat([self.ctx(x), self.v(x)], dim=-1), start)
+        return self.heads(row[..., self.d_ctx :]), row[..., : self.d_ctx]
+
+    def rotate_pieces(self, x, start):
+        """Rotates x (B, T, .., n D), piece by piece of width D: a context counts as E / D more heads."""
+        return x if self.rotary is None else self.rotary(x.reshape(*x.shape[:2], -1, self.d_head), start).view(x.shape)
 
     def read(self, q, memory):
         v, g = memory
@@ -322,9 +326,8 @@ class QVKa(QV):
             k = torch.cat([g[:, :, None].expand(-1, -1, v.size(2), -1), v], dim=-1)
             return q, k, v                                                           # (B, S, G, E + D), (B, S, G, D)
         q_ctx, q_v = q.tensor_split([self.d_ctx], dim=-1)
-        with torch.autocast(q.device.type, enabled=False):                           # one: a score from the context apart
-            score = g.type_as(self.w_k) @ q_ctx[:, 0].type_as(self.w_k).mT           # (B, S, H)
-        return q_v, v, v, score.mT
+        score = exact_product(g, self.scale * q_ctx[:, 0].mT).mT                     # one: the context's score apart
+        return q_v, v, v, score[:, :, None]                                          # .., (B, H, 1, S)
 
     def fused(self, q, v, g):
         q_ctx, q_v = q.tensor_split([self.d_ctx], dim=-1)
@@ -334,7 +337,15 @@ class QVKa(QV):
 def per_head(w, x):
     """Each head's matrix times its vector: w (H or 1, m, n), x (B, T, H, n) to (B, T, H, m)."""
     y = x.flatten(0, 1).transpose(0, 1) @ w.mT                                       # (H, B T, m)
-    return y.transpose(0, 1).unflatten(0, x.shape[:2])
+    return y.transpose(0, 1).view(*x.shape[:3], -1)
+
+
+def exact_product(x, y):
+    """x y, in float32 also where autocast takes less."""
+    if x.dtype.itemsize >= 4:
+        return x @ y
+    with torch.autocast(x.device.type, enabled=False):
+        return x.float() @ y.float()
 
 
 def has_past(q, memory):
@@ -442,8 +453,8 @@ class GPTConfig:
         check(H % self.n_kv_head == 0, "n_kv_head", f"must divide n_head={H}, for example {derived['n_kv_head']}")
         if self.pos == "rope":
             check(D % 2 == 0, "n_embd", f"gives heads of odd width {D}, but rope turns pairs; take {2 * H * -(-D // 2)}")
-            for name in "d_rope", "d_ctx":
-                check(getattr(self, name) % 2 == 0, name, f"must be even under rope, for example {derived[name]}")
+            check(self.d_rope % 2 == 0, "d_rope", f"must be even under rope, for example {derived['d_rope']}")
+            check(self.d_ctx % D == 0, "d_ctx", f"must be a multiple of the head width {D} under rope, for example {2 * D}")
 
 
 class MLP(nn.Module):

@@ -53,7 +53,8 @@ def turned(x, by):
     """RoPE on x (..., width) by complex numbers: pair k of what stands at `by` (...) times exp(i by theta_k)."""
     theta = 10000.0 ** (-torch.arange(0, x.size(-1), 2).double() / x.size(-1))
     angle = by[..., None] * theta
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+    rotated = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([rotated.real, rotated.imag], dim=-1)
 
 
 def textbook(attention, x, pos):
@@ -80,7 +81,8 @@ def textbook(attention, x, pos):
         else:
             k = v = every_head(arrives(v))
         if name == "QVKa":                                                            # K = [G ; V] W_K
-            g = every_head(arrives((x @ a.ctx.weight.T)[:, None]))
+            g = arrives((x @ a.ctx.weight.T).unflatten(-1, (-1, D)) if pos == "rope" else (x @ a.ctx.weight.T)[:, None])
+            g = every_head(g.flatten(2)[:, :, None])                                  # under rope, pieces as wide as a head
             k = torch.einsum("ijhe,hed->ijhd", torch.cat([g, v], dim=-1), a.w_k.expand(H, -1, -1))
     weight = (torch.einsum("ihd,ijhd->hij", q, k) / math.sqrt(q.size(-1))).exp()
     if pos == "agf":
@@ -94,7 +96,7 @@ def textbook(attention, x, pos):
 def test_attention_is_the_textbooks(attention, pos):
     module = small(attention, pos).blocks[0].attention
     x = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(2)).double()
-    tolerance = 1e-6 if pos == "rope" else 1e-10                  # the table of angles is kept in float32
+    tolerance = 1e-6 if pos in ("rope", "agf") else 1e-10         # their tables are kept in float32
     torch.testing.assert_close(module(x), torch.stack([textbook(module, row, pos) for row in x]), rtol=tolerance, atol=tolerance)
 
 
@@ -135,7 +137,7 @@ def test_weights_are_those_of_forward(attention, pos):
     v = v.repeat_interleave(4 // v.size(2), dim=2)
     mixed = torch.einsum("bhts,bshd->bthd", weights, v)
     if isinstance(module, QV):
-        mixed = module.rotate(mixed, 0, turn=-1, column=module.d_ctx)
+        mixed = module.rotate(mixed, 0, turn=-1)
     torch.testing.assert_close(mixed, module.mix(module.query(x, 0), module.write(x, 0)))
 
 
@@ -199,7 +201,7 @@ def test_shared_wk_is_every_heads_wk(pos):
 @pytest.mark.parametrize("pos", POSITIONS)
 @pytest.mark.parametrize("attention", ["gqa", "mla", "qv_ka"])
 def test_other_widths(attention, pos):
-    model = small(attention, pos, n_kv_head=1, d_latent=5, d_rope=6, d_ctx=10, n_inner=17, n_head=2)
+    model = small(attention, pos, n_kv_head=1, d_latent=5, d_rope=6, d_ctx=48 if pos == "rope" else 10, n_inner=17, n_head=2)
     same_functions(model, model)
 
 
@@ -328,7 +330,8 @@ def test_bfloat16_does_not_round_the_contexts_score():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         memory, q = module.write(torch.randn(2, 20, 32), 0), module.query(torch.randn(2, 1, 32), 19)
         *_, score = module.read(q, memory)
-    expected = torch.einsum("bhe,bse->bhs", q[:, 0, :, : module.d_ctx].double(), memory[1].double())
+    q_ctx = module.scale * q[:, 0, :, : module.d_ctx]             # in bfloat16: the scale is a power of 2 only now and then
+    expected = torch.einsum("bhe,bse->bhs", q_ctx.double(), memory[1].double())[:, :, None]
     assert q.dtype == memory[1].dtype == torch.bfloat16 and score.dtype == torch.float32
     torch.testing.assert_close(score.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -406,7 +409,8 @@ def test_keys_made_in_two_steps_start_as_large_as_in_one():
     (dict(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\), for example 0.1"),
     (dict(attention="gqa", n_kv_head=3), "n_kv_head=3 must divide n_head=4, for example 2"),
     (dict(pos="rope", n_embd=36), "n_embd=36 gives heads of odd width 9, but rope turns pairs; take 40"),
-    (dict(pos="rope", d_ctx=5), "d_ctx=5 must be even under rope, for example 16"),
+    (dict(pos="rope", d_rope=5), "d_rope=5 must be even under rope, for example 4"),
+    (dict(pos="rope", d_ctx=12), "d_ctx=12 must be a multiple of the head width 8 under rope, for example 16"),
     (dict(d_latent=0), "d_latent=0 must be at least 1, for example 32"),
 ])
 def test_a_wrong_configuration_gets_a_sentence(wrong, words):
