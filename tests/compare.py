@@ -1,14 +1,15 @@
-"""Compares attentions: trains many runs by train.py, pairs them by their seeds, and reports what they show (report.py).
+"""Compares attentions: trains many runs by train.py, pairs them by their seeds, and reports what they show.
 
-    python tests/compare.py                                         the paper's claims: 3 attentions, 2 positions, 5 seeds
-    python tests/compare.py --attention=all --pos=rope --seeds=20   only what is not there yet is trained
-    python tests/compare.py --attention=qv --n_inner=576            a variant: flags of train.py go to the runs and name them
-    python tests/compare.py --lengths=1,2,4,8                       also in windows of up to 8 times the training's context
-    python tests/compare.py --report                                trains nothing; reports the runs that are finished
+    python tests/compare.py                                       the paper's claims: 3 attentions, 2 positions, 5 seeds
+    python tests/compare.py --attention=all --pos=rope --seeds=20 only what is not there yet is trained
+    python tests/compare.py --attention=qv --n_inner=576          a variant: train.py's flags go to its runs and name it
+    python tests/compare.py --lengths=1,2,4,8                     also in windows of up to 8 times the context
+    python tests/compare.py --report                              trains nothing; reports the runs that are finished
 
-A run is a folder in --out, named after its flags. It holds what train.py writes, what it prints (output.txt) and, once it is
-finished, record.json: all that the report needs, so the checkpoints may then be deleted. Ctrl-C stops the runs, each saves
-itself, and the same command goes on. The report is written beside the runs: results.md, .json and .png, and lengths.png.
+A run is a folder in --out, named after its flags. It holds what train.py writes, what that prints (output.txt) and,
+once it is finished, record.json: all that the report needs, so the checkpoints may then be deleted. Ctrl-C stops the
+runs, each saves itself, and the same command goes on. The report is written beside the runs, by report.py: results.md,
+results.json, results.png and lengths.png.
 """
 
 import itertools
@@ -32,7 +33,7 @@ from prepare import OUT, Parser, UserError, clock, reason, run, whole, write  # 
 from report import ONLY, report  # noqa: E402
 
 TRAIN, ASSETS = ROOT / "train.py", Path("assets")
-UNNAMED = {"preset", "device", "kernel", "compile", "micro_batch_size"}              # flags that make no variant
+UNNAMED = {"preset", "device", "kernel", "compile", "micro_batch_size"}          # flags that make no variant
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which runs
@@ -46,7 +47,7 @@ def parse(argv):
     def numbers(text):
         return [whole(part) for part in text.split(",")]
 
-    parser = Parser(description=__doc__, epilog="Any other flag goes to train.py, as --name=value; see train.py --help.\n"
+    parser = Parser(__doc__, epilog="Any other flag goes to train.py, as --name=value; see train.py --help.\n"
                     "One that counts for some attentions only, such as --d_ctx, is given to those only.")
     for name, kind, default, help in (
             ("attention", some(ATTENTIONS), "qkv,qv,qv_ka", f"some of {','.join(ATTENTIONS)}; or all"),
@@ -55,8 +56,8 @@ def parse(argv):
             ("seed", whole, 1337, "the first seed, which the others follow"),
             ("dataset", str, None, "as for train.py"),
             ("workers", whole, None, "runs at a time (default: one for each core of a CPU, or 4 on a GPU)"),
-            ("lengths", numbers, [], "evaluate each run in windows of so many times its context, too; not under learned "
-             "positions, which end with the context"),
+            ("lengths", numbers, [], "evaluate each run in windows of so many times its context, too; but learned "
+             "positions end with the context"),
             ("out", Path, OUT / "compare", "the folder of the runs and of their report")):
         help = f"{help} (default: {default})" if default else help
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=name.upper(), help=help)
@@ -73,20 +74,22 @@ def parse(argv):
 
 
 def plan(args, flags):
-    """All runs asked for, {folder: command line}. Those to be compared, of one seed, stand side by side, so that a sweep is
-    balanced wherever it stops. Each gets the flags that count for it. Raises UserError for what train.py would refuse."""
-    dataset = train.find_data(args.dataset, print)[0]                                # made once, before many runs need it
+    """All runs asked for, {folder: command line}. Those of one seed stand side by side, so that a sweep is balanced
+    wherever it stops. Each gets the flags that count for it. Raises UserError for what train.py refuses."""
+    dataset = train.find_data(args.dataset, print)[0]                            # made once, before many runs need it
     runs, used = {}, set()
-    for seed, pos, attention in itertools.product(range(args.seed, args.seed + args.seeds), args.pos, args.attention):
+    seeds = range(args.seed, args.seed + args.seeds)
+    for seed, pos, attention in itertools.product(seeds, args.pos, args.attention):
         kind = {"attention": attention, "pos": pos}
         own = [name for name in sorted(flags)
                if all(kind[other] in values for other, values in ONLY.get(name, {}).items())]
         command = [f"--dataset={dataset}", f"--attention={attention}", f"--pos={pos}", f"--seed={seed}"]
         command += [flags[name] for name in own]
         given = train.parse(command)
-        preset = train.resolve(given)[0].preset
+        preset = train.configure(given, None)[0].preset
         variant = [f"{name}={given[name]}" for name in own if name not in UNNAMED]
-        runs[args.out / ",".join([f"{preset}-{dataset}-{attention}-{pos}", *variant, f"seed={seed}"])] = command
+        folder = ",".join([f"{preset}-{dataset}-{attention}-{pos}", *variant, f"seed={seed}"])
+        runs[args.out / folder] = command
         used.update(own)
     if idle := sorted(flags.keys() - used):
         raise UserError(f"--{', --'.join(idle)} counts for none of these attentions and positions; leave it out")
@@ -110,9 +113,8 @@ def train_missing(runs, workers, threads):
                 live[start(folder, runs[folder], threads)] = folder
             time.sleep(0.1)
             for process in [process for process in live if process.poll() is not None]:
-                folder = live.pop(process)
-                words, trained = outcome(folder, process.returncode)
-                if not trained:
+                words, finished = outcome(live.pop(process), process.returncode)
+                if not finished:
                     failed.append(words)
                 left = len(waiting) + len(live)
                 seconds = (time.monotonic() - began) / (total - left) * left
@@ -128,21 +130,20 @@ def train_missing(runs, workers, threads):
 
 
 def start(folder, command, threads):
-    """Starts a run, or goes on with it, in a process of its own."""
+    """Starts a run, or goes on with it, in a process of its own; a terminal's Ctrl-C does not reach it."""
     resume = ["--resume"] if (folder / "last.pt").exists() else []
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "ab") as output:
-            return subprocess.Popen(
-                [sys.executable, TRAIN, *command, *resume, f"--out={folder}"], env={"OMP_NUM_THREADS": threads, **os.environ},
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True)                                              # out of reach of the terminal's Ctrl-C
+            return subprocess.Popen([sys.executable, TRAIN, *command, *resume, f"--out={folder}"], env=environment,
+                                    stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be used ({reason(error)}); mend that and give the same command again") from None
+        raise UserError(f"{folder} cannot be used ({reason(error)}); mend that, and the same command goes on") from None
 
 
 def outcome(folder, status):
-    """What to say of a run whose process has ended with that exit status, and whether it is finished now."""
+    """What to say of a run whose process has ended with that exit status, and whether the run is finished now."""
     try:
         return f"{folder.name}: validation loss {record(folder)['best_val_loss']:.4f}", True
     except UserError as error:
@@ -157,13 +158,14 @@ def record(folder):
     training, config, log = checkpoint["train_config"], checkpoint["model_config"], checkpoint["log"]
     if checkpoint["step"] < training["max_steps"]:
         raise UserError(f"it ended at step {checkpoint['step']} of {training['max_steps']}")
-    best, early = min(log, key=lambda entry: entry["val_loss"]), checkpoint["losses"][: -(-checkpoint["step"] // 5)]
+    best = min(log, key=lambda entry: entry["val_loss"])
+    early = checkpoint["losses"][: -(-checkpoint["step"] // 5)]                  # of the first fifth of the steps
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     found = dict(
         preset=training["preset"], dataset=training["dataset"], attention=config["attention"], pos=config["pos"],
         flags=folder.name.split(",")[1:-1], seed=training["seed"],
-        best_val_loss=best["val_loss"], best_step=best["step"], final_val_loss=log[-1]["val_loss"], val_loss_by_length={},
-        early_steps=len(early), early_loss=float(np.mean(early)),                    # of the first fifth of the steps
+        best_val_loss=best["val_loss"], best_step=best["step"], final_val_loss=log[-1]["val_loss"],
+        val_loss_by_length={}, early_steps=len(early), early_loss=float(np.mean(early)),
         early_curve=[round(float(part.mean()), 4) for part in np.array_split(early, min(25, len(early)))],
         attention_parameters=sum(size for name, size in sizes.items() if "attention" in name),
         parameters=sum(sizes.values()), cache_bytes_per_token=model.eval().cache_bytes()[1],
@@ -174,21 +176,21 @@ def record(folder):
 
 
 def evaluate_lengths(folder, times):
-    """Adds to a run's record the losses of its best.pt in windows of so many times its context: those that are not there yet,
-    and that the data is long enough for."""
+    """Adds to a run's record the losses of its best.pt in windows of so many times its context: those that are not
+    there yet, and that the data is long enough for."""
     found = json.loads((folder / "record.json").read_text())
     if found["pos"] == "learned":
         return
-    losses, (model, checkpoint) = found["val_loss_by_length"], GPT.load(folder / "best.pt")
+    model, checkpoint = GPT.load(folder / "best.pt")
     if checkpoint["best_val_loss"] != found["best_val_loss"]:
         raise UserError(f"{folder} was trained on after its record.json was made; remove it, or leave --lengths out")
-    training, size = checkpoint["train_config"], model.config.block_size
+    training, size, losses = checkpoint["train_config"], model.config.block_size, found["val_loss_by_length"]
     val, device = train.find_data(found["dataset"], print)[2]["val"], choose_device(training["device"])
+    rows = training["micro_batch_size"] or training["batch_size"]
     for length in (n * size for n in times if str(n * size) not in losses and n * size < len(val)):
         longer = GPT(replace(model.config, block_size=length)).to(device)
         longer.load_state_dict(model.state_dict())
-        windows = max(1, (training["micro_batch_size"] or training["batch_size"]) * size // length)      # tokens as in training
-        context = autocast(device, training["dtype"])
+        context, windows = autocast(device, training["dtype"]), max(1, rows * size // length)
         total, count = train.evaluate(longer, val, length, windows, context, training["eval_tokens"])
         losses[str(length)] = total / count
         write_json(folder / "record.json", found)
@@ -203,30 +205,31 @@ def write_json(path, value):
 
 
 def stored(path):
-    """The records of results.json, none where there is no such file."""
+    """The records of a results.json; none where there is no such file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return json.loads(path.read_text()) if path.exists() else []
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({reason(error)}); mend or remove it") from None
 
 
 def main(argv=None):
-    for number in signal.SIGTERM, signal.SIGHUP:                                     # like Ctrl-C
-        signal.signal(number, signal.default_int_handler)
+    for number in signal.SIGTERM, signal.SIGHUP:
+        if signal.getsignal(number) is not signal.SIG_IGN:                       # as under nohup
+            signal.signal(number, signal.default_int_handler)                    # like Ctrl-C
     args, flags = parse(argv)
-    old = stored(ASSETS / "results.json") if args.assets else []
+    older = stored(ASSETS / "results.json") if args.assets else []
     runs, failed = {} if args.report else plan(args, flags), []
     if runs:
-        device = choose_device(flags.get("device", "--device=auto").partition("=")[2]).type
+        device = choose_device(flags.get("device", "--device=auto").partition("=")[2])
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = args.workers or (cores if device == "cpu" else 4)
-        failed = train_missing(runs, workers, str(max(1, cores // workers)))
+        workers = args.workers or (cores if device.type == "cpu" else 4)
+        failed = train_missing(runs, workers, threads=max(1, cores // workers))
     for folder in runs:
         if args.lengths and (folder / "record.json").exists():
             evaluate_lengths(folder, args.lengths)
-    new = [json.loads(path.read_text()) for path in sorted(args.out.glob("*/record.json"))]
-    if old or new or not failed:
-        report(old + new, ASSETS if args.assets else args.out)
+    newer = [json.loads(path.read_text()) for path in sorted(args.out.glob("*/record.json"))]
+    if older or newer or not failed:
+        report(older + newer, ASSETS if args.assets else args.out)
     if failed:
         raise UserError("\n".join([*failed, f"{len(failed)} runs failed; mend that and give the same command again"]))
 
