@@ -213,7 +213,7 @@ def stored(path):
 
 
 def main(argv=None):
-    for number in signal.SIGTERM, signal.SIGHUP:
+    for number in signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:                       # as under nohup
             signal.signal(number, signal.default_int_handler)                    # like Ctrl-C
     args, flags = parse(argv)

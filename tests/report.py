@@ -18,11 +18,12 @@ from matplotlib.figure import Figure
 from model import ATTENTIONS, POSITIONS, GPTConfig
 from prepare import UserError, write
 
-ONLY = {field.name: field.metadata["only"] for field in fields(GPTConfig)}     # {flag: {other: values it counts with}}
-QKV_LACKS = {*(name for name, only in ONLY.items() if only), "n_inner"}        # variants by these: their rival is plain
+ONLY = {field.name: field.metadata["only"] for field in fields(GPTConfig)}       # {flag: {other: values that it needs}}
+# Flags by which an attention is unlike qkv, or, by n_inner, as large: qkv, its rival, is without them.
+QKV_LACKS = {*(name for name, only in ONLY.items() if only), "n_inner"}
 
-# A claim; what it is about, as a sum over runs of one seed, and of the positions at hand or those named; on which side
-# of zero that must be; and which number of the records is meant.
+# A claim; a sum over runs of one seed, and of the positions at hand or those named; on which side of zero it must be;
+# and which number of the records is summed. What the table of claims shows is what is computed.
 CLAIMS = [
     ("C1: QV is worse than QKV", "qv - qkv", ">", "best_val_loss"),
     ("C2: QV's gap to QKV is less than half of that with learned positions",
@@ -40,6 +41,8 @@ CLAIMS = [
 TERM = re.compile(rf"(?:^|([+-]) )([\d.]+ )?(?:({'|'.join(POSITIONS)}) )?(\w+(?: \w+=\S+)*)")
 
 MEANING = """\
+Made by `python tests/compare.py --report` from the results.json beside it.
+
 - A **loss** is the best that a run reached, in nats per token over the whole validation split (preset gpt2: over its
   first 2,000,000 tokens). A **difference** is taken between runs of one seed, which saw the same batches, and then
   averaged over the seeds.
@@ -139,7 +142,7 @@ class Comparison:
         return [sum(weight * np.array(group[seed][name]) for weight, group in terms) for seed in sorted(seeds)]
 
     def gap(self, pos, label, name="best_val_loss"):
-        """The differences to qkv with the same flags, but for those that say how an attention is unlike it."""
+        """The differences to qkv with the same flags, but for those that make an attention unlike qkv."""
         attention, *flags = label.split()
         rival = " ".join(["qkv", *(flag for flag in flags if flag.partition("=")[0] not in QKV_LACKS)])
         return [] if attention == "qkv" else self.values(f"{label} - {rival}", pos, name)

@@ -332,7 +332,7 @@ def test_assets_are_merged_and_only_on_request(folder, capsys):
 
 
 def test_the_readme_shows_what_the_stored_runs_say(tmp_path, monkeypatch):
-    """assets/results.md and .json are what --report makes of that .json, and the README takes its figures from there."""
+    """assets/results.md and .json are what --report makes of that .json; the README's figures all stand there."""
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
     assert call("compare", "--report", "--assets") is None
