@@ -51,10 +51,10 @@ def parse(argv):
                     "One that counts for some attentions only, such as --d_ctx, is given to those only.")
     for name, kind, default, help in (
             ("attention", some(ATTENTIONS), "qkv,qv,qv_ka", f"some of {','.join(ATTENTIONS)}; or all"),
-            ("pos", some(POSITIONS), "learned,agf", f"some of {','.join(POSITIONS)}; or all"),
+            ("pos", some(POSITIONS), "sinusoidal,agf", f"some of {','.join(POSITIONS)}; or all"),
             ("seeds", whole, 5, "runs of each kind; the more, the smaller a difference that can be told from chance"),
             ("seed", whole, 1337, "the first seed, which the others follow"),
-            ("dataset", str, None, "as for train.py"),
+            ("dataset", str, None, "as for train.py (default: the preset's, else tiny Shakespeare)"),
             ("workers", whole, None, "runs at a time (default: one for each core of a CPU, or 4 on a GPU)"),
             ("lengths", numbers, [], "evaluate each run in windows of so many times its context, too; but learned "
              "positions end with the context"),
@@ -76,7 +76,8 @@ def parse(argv):
 def plan(args, flags):
     """All runs asked for, {folder: command line}. Those of one seed stand side by side, so that a sweep is balanced
     wherever it stops. Each gets the flags that count for it. Raises UserError for what train.py refuses."""
-    dataset = train.find_data(args.dataset, print)[0]                            # made once, before many runs need it
+    preset = train.PRESETS.get(flags.get("preset", "").partition("=")[2], {})
+    dataset = train.find_data(args.dataset or preset.get("dataset"), print)[0]   # made once, before many runs need it
     runs, used = {}, set()
     seeds = range(args.seed, args.seed + args.seeds)
     for seed, pos, attention in itertools.product(seeds, args.pos, args.attention):
@@ -86,9 +87,9 @@ def plan(args, flags):
         command = [f"--dataset={dataset}", f"--attention={attention}", f"--pos={pos}", f"--seed={seed}"]
         command += [flags[name] for name in own]
         given = train.parse(command)
-        preset = train.configure(given, None)[0].preset
+        training, _ = train.configure(given, None)
         variant = [f"{name}={given[name]}" for name in own if name not in UNNAMED]
-        folder = ",".join([f"{preset}-{dataset}-{attention}-{pos}", *variant, f"seed={seed}"])
+        folder = ",".join([f"{training.preset}-{dataset}-{attention}-{pos}", *variant, f"seed={seed}"])
         runs[args.out / folder] = command
         used.update(own)
     if idle := sorted(flags.keys() - used):
