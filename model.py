@@ -241,7 +241,7 @@ class QV(Attention):
     So all depends on distances alone, and one memory still serves as key and as value. The price: a value arrives
     turned by its distance; position is not kept out of it, as it is under agf."""
 
-    kernel = None                                  # a function in place of `attend`: kernel.use(model, ..) sets it
+    kernel = None                                                              # kernel.py, if GPT.use_kernel says so
 
     def __init__(self, config):
         super().__init__(config)
@@ -254,11 +254,16 @@ class QV(Attention):
         return q, *memory, *memory
 
     def mix(self, q, memory):
-        if self.kernel is None:
-            y = super().mix(q, memory)
-        else:
-            y = self.kernel(q, *memory, decay=None if self.decay is None else self.decay.log_a.exp())
+        y = super().mix(q, memory) if self.kernel is None else self.fused(q, *memory)
         return self.rotate(y, memory[0].size(1) - q.size(1), turn=-1)                # (B, T, H, D)
+
+    def fused(self, q, v, ctx=None):
+        """What `attend` computes, by kernel.py, which loads each value once, as key and as value."""
+        q_ctx, q = (None, q) if ctx is None else q.tensor_split([self.d_ctx], dim=-1)
+        inputs = q, v, q_ctx, ctx, None if self.decay is None else self.decay.log_a.exp()
+        if q.size(1) > 1 or torch.is_grad_enabled():
+            return self.kernel.qv_attention(*inputs)
+        return self.kernel.qv_decode(*inputs, q.new_full(q.shape[:1], v.size(1), dtype=torch.int32))   # all remember S
 
 
 class QVKa(QV):
@@ -509,7 +514,18 @@ class GPT(nn.Module):
         if name != "triton":
             return "torch"
         import kernel
-        kernel.use(self, context)
+        config, attention = self.config, self.blocks[0].attention
+        try:
+            if not isinstance(attention, QV) or self.training and config.dropout:
+                raise UserError("it is for qv and qv_ka, and has no dropout in training")
+            with torch.no_grad(), context:
+                q = attention.q(self.wte.weight[:1])                                 # has the dtype that products have
+            kernel.trial(config.block_size, config.n_head, config.n_kv_head, attention.d_head, attention.d_ctx,
+                         attention.decay is not None, q.dtype, q.device, self.training)
+        except UserError as error:
+            raise UserError(f"--kernel=triton cannot be used here: {error}; take --kernel=torch") from None
+        for block in self.blocks:
+            block.attention.kernel = kernel
         return name
 
     @classmethod
