@@ -22,6 +22,7 @@ L d_latent, R d_rope, E d_ctx, V vocabulary. (In the paper's formulas G and V ar
 """
 
 import math
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -241,7 +242,7 @@ class QV(Attention):
     So all depends on distances alone, and one memory still serves as key and as value. The price: a value arrives
     turned by its distance; position is not kept out of it, as it is under agf."""
 
-    kernel = None                                                              # kernel.py, if GPT.use_kernel says so
+    kernel, d_ctx = None, 0                                                    # kernel.py, if GPT.use_kernel says so
 
     def __init__(self, config):
         super().__init__(config)
@@ -581,6 +582,8 @@ def choose_device(name):
     """The torch.device of that name; auto is CUDA or MPS where there is one, else the CPU. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:                                # a GPU for each of torchrun's processes
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         torch.empty(1, device=name).tolist()
     except (RuntimeError, AssertionError) as error:                             # no such backend, or none in this build
