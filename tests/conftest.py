@@ -1,8 +1,12 @@
-"""What the tests of the programs share: a folder with a small data set and a trained run, and a way to call main()."""
+"""What the tests of the programs share: a folder with a small data set and a trained run, and ways to run a program."""
 
 import importlib
+import json
+import os
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,10 +19,11 @@ sys.path.insert(0, str(ROOT))
 import prepare  # noqa: E402
 
 torch.set_num_threads(1)    # the tensors here are tiny: a second thread would wait more than it works
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell has it ignored in what it starts in the background
 
 TEXT = "".join(f"{i} green bottles hanging on the wall, and if {i % 7} should fall: {i * i}.\n" for i in range(400))
 TINY = ["--dataset=tiny", "--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
-        "--max_steps=6", "--eval_interval=3"]
+        "--max_steps=6", "--eval_interval=3", "--eval_tokens=500"]
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +46,14 @@ def folder(trained, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def gpt2():
+    try:
+        return prepare.GPT2Tokenizer()
+    except prepare.UserError as error:
+        pytest.skip(str(error))
+
+
 def call(program, *flags):
     """Runs a program's main() as its command line would; returns what it would exit with: None, a code or a sentence."""
     main = importlib.import_module(program).main
@@ -52,3 +65,45 @@ def call(program, *flags):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def program(*command, **options):
+    """Runs `python <command>` in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=60,
+                          env=environment, **options)
+
+
+def checkpoint(run, name="last.pt"):
+    return torch.load(Path(run, name), weights_only=True)
+
+
+def log(run):
+    """A run's log without its times."""
+    lines = Path(run, "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+
+
+def limited_file_size(size, work):
+    """Runs work() in a process that may write no file larger than size bytes: a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        return work()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def misused(capsys, name, flags, words):
+    """Asserts that a program refuses these flags with one sentence and a non-zero exit, and changes no file."""
+    before = contents()
+    capsys.readouterr()
+    code = call(name, *flags)
+    sentence = capsys.readouterr().err.strip() if isinstance(code, int) else code
+    assert code not in (None, 0) and words in sentence, sentence
+    assert "\n" not in sentence and "Traceback" not in sentence and len(sentence) < 500
+    assert contents() == before, "nothing is lost, nothing half-made is left"
+
+
+def contents():
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}

@@ -4,6 +4,7 @@ import math
 import re
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_py
-from model import ATTENTIONS, POSITIONS, QV, GPT, GPTConfig, LayerCache
-from train import cache_bytes
+from model import ATTENTIONS, GPT, POSITIONS, QKV, QV, Cache, GPTConfig
 
 # Every attention, and with values, or keys and values, that heads share. A test's `attention` is one of these names.
 VARIANTS = {name: dict(attention=name) for name in ATTENTIONS} | {
     f"{name}/{G}": dict(attention=name, n_kv_head=G) for name, G in (("gqa", 1), ("qv", 1), ("qv", 2), ("qv_ka", 1), ("qv_ka", 2))}
 CASES = pytest.mark.parametrize("attention,pos", list(product(VARIANTS, POSITIONS)))
+ONCE = pytest.mark.parametrize("attention,pos", list(zip(VARIANTS, 3 * POSITIONS)))    # each of them somewhere, for what takes long
 SMALL = dict(block_size=24, vocab_size=31, n_layer=2, n_head=4, n_embd=32)
 
 
@@ -61,7 +62,7 @@ def textbook(attention, x, pos):
     """y_i = sum_j softmax_j(q_i . k_j / sqrt(D) - a log(1 + i - j)) v_j, written from the table and pair by pair of positions:
     x (T, C) to (T, C). Under RoPE whatever is remembered of token j reaches token i turned by j - i."""
     a, name, T = attention, type(attention).__name__, len(x)
-    if name not in ("QKV", "GQA", "MLA", "QV", "QVKa"):
+    if name not in ("QKV", "MLA", "QV", "QVKa"):
         pytest.skip(f"no formula for {name} here; write one")
     H, D = a.n_head, a.d_head
     distance = (torch.arange(T) - torch.arange(T)[:, None]).double()                  # (T, T): j - i
@@ -76,7 +77,7 @@ def textbook(attention, x, pos):
         k = torch.cat([k, every_head(arrives(r[:, None]))], dim=-1)
     else:
         v = (x @ a.v.weight.T).unflatten(-1, (-1, D))                                 # (j, g, d)
-        if name in ("QKV", "GQA"):
+        if name == "QKV":
             k, v = every_head(arrives((x @ a.k.weight.T).unflatten(-1, (-1, D)))), every_head(v.expand(T, -1, -1, -1))
         else:
             k = v = every_head(arrives(v))
@@ -124,21 +125,6 @@ def test_gradient_reaches_every_parameter(attention, pos):
     model(idx, idx.roll(-1, dims=1))[1].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and (parameter.grad != 0).any(), name
-
-
-@CASES
-def test_weights_are_those_of_forward(attention, pos):
-    module = small(attention, pos).blocks[0].attention
-    x = torch.randn(1, 9, 32).double()
-    weights = module.weights(x)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 9).double())
-    assert torch.equal(weights, weights.tril())
-    _, _, v, *_ = module.read(module.query(x, 0), module.write(x, 0))                # (1, 9, G, D)
-    v = v.repeat_interleave(4 // v.size(2), dim=2)
-    mixed = torch.einsum("bhts,bshd->bthd", weights, v)
-    if isinstance(module, QV):
-        mixed = module.rotate(mixed, 0, turn=-1)
-    torch.testing.assert_close(mixed, module.mix(module.query(x, 0), module.write(x, 0)))
 
 
 # Identities -----------------------------------------------------------------------------------------------------------
@@ -226,11 +212,12 @@ def numbers(formula, config):
 def test_cache_takes_what_the_tables_say(attention, pos):
     model = small(attention, pos).float()
     cache = model.new_cache()
-    assert cache.length == 0 and cache.nbytes == 0
+    assert [(layer.length, layer.nbytes) for layer in cache] == [(0, 0)] * 2
     model(tokens(2, 7), cache=cache)
     model(tokens(2, 1), cache=cache)
-    assert cache.length == 8
-    per_token = cache.nbytes / (2 * model.config.n_layer * model.config.block_size * 4)   # sequences, layers, tokens, bytes
+    assert [layer.length for layer in cache] == [8, 8]
+    per_token = sum(layer.nbytes for layer in cache) / (2 * 2 * 24 * 4)               # sequences, layers, tokens, bytes
+    assert model.cache_bytes() == (2 * 24 * 4 * per_token, 2 * 4 * per_token)
     if attention.split("/")[0] not in table(model_py.__doc__):
         pytest.skip(f"the tables do not list {attention}; add it")
     for text in model_py.__doc__, (Path(__file__).parents[1] / "README.md").read_text():
@@ -254,9 +241,9 @@ def generated(model, idx, count, **options):
 
 
 @CASES
-@pytest.mark.parametrize("prompt", [1, 24, 40])
-def test_generation_needs_no_cache_and_knows_no_end(attention, pos, prompt):
-    model, idx = small(attention, pos), tokens(2, prompt)
+def test_generation_needs_no_cache_and_knows_no_end(attention, pos):
+    """From a prompt of one token, of a whole context, or of more: by turns."""
+    model, idx = small(attention, pos), tokens(2, [1, 24, 40][(len(attention) + len(pos)) % 3])
     new = generated(model, idx, 60)
     assert new.shape == (2, 60)
     assert torch.equal(new, generated(model, idx, 60, use_cache=False))
@@ -287,9 +274,9 @@ def test_bfloat16_converts_each_matrix_once(attention, pos):
     model = GPT(config(attention, pos)).eval()
     with torch.autocast("cpu", torch.bfloat16), Conversions() as conversions:
         counts = [conversions.count for _ in model.generate(tokens(1, 3), 6)]
-        halved = cache_bytes(model)
+        halved = model.cache_bytes()
     assert counts[1] == counts[-1] > 0
-    assert [2 * nbytes for nbytes in halved] == list(cache_bytes(model))
+    assert [2 * nbytes for nbytes in halved] == [*model.cache_bytes()]
 
 
 @CASES
@@ -299,7 +286,7 @@ def test_bfloat16_is_near_float32(attention, pos):
     module = GPT(config(attention, pos, block_size=200, n_embd=64)).blocks[0].attention.eval()
     x = torch.randn(2, 200, 64)
     with torch.no_grad():
-        exact, cache = module(x), LayerCache(200)
+        exact, cache = module(x), Cache(200)
         with torch.autocast("cpu", torch.bfloat16):
             found = module(x), torch.cat([module(x[:, :199], 0, cache), module(x[:, 199:], 199, cache)], dim=1)
     for y in found:
@@ -336,7 +323,7 @@ def test_bfloat16_does_not_round_the_contexts_score():
     torch.testing.assert_close(score.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", ["qkv", "mla", "qv_ka"])
 def test_one_graph_for_all_lengths(attention):
     """torch.compile takes the first length for a constant, the second for a variable, and any other as that one."""
     torch.compiler.reset()
@@ -375,17 +362,39 @@ def test_initial_loss_is_that_of_guessing(attention, pos):
     assert abs(model(idx[:, :-1], idx[:, 1:])[1].item() - math.log(65)) < 0.1
 
 
-@CASES
+@ONCE
 def test_one_batch_overfits(attention, pos):
     model = small(attention, pos).float().train()
     idx = tokens(4, 25)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(120):
+    for _ in range(100):
         loss = model(idx[:, :-1], idx[:, 1:])[1]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1, "random text can only be learned by heart"
+
+
+def test_sinusoids():
+    """Sines and cosines of i / 10000^(2k/C), as large as embeddings start; and the table of a longer context goes on."""
+    table = small("qv", "sinusoidal", block_size=50).wpe.weight
+    angle = torch.arange(50)[:, None] / 10000.0 ** (torch.arange(16) / 16)
+    waves = torch.cat([angle.sin(), angle.cos()], dim=-1).double()
+    torch.testing.assert_close(table, waves * table[0, -1], rtol=1e-5, atol=1e-6)
+    embeddings = small("qv", "learned", vocab_size=5000).wte.weight
+    assert 0.95 < table.square().mean() / embeddings.square().mean() < 1.05
+    assert torch.equal(small("qv", "sinusoidal").wpe.weight, table[:24])
+
+
+def test_a_vector_that_nobody_gave_values_is_refused():
+    class Forgetful(QV):
+        def __init__(self, config):
+            super().__init__(config)
+            self.gain = torch.nn.Parameter(torch.empty(config.n_head))
+
+    with mock.patch.dict(ATTENTIONS, forgetful=Forgetful):
+        with pytest.raises(ValueError, match=r"blocks\.0\.attention\.gain has no values: only matrices are drawn"):
+            small("forgetful", "agf")
 
 
 def test_keys_made_in_two_steps_start_as_large_as_in_one():
@@ -410,7 +419,7 @@ def test_keys_made_in_two_steps_start_as_large_as_in_one():
     (dict(attention="gqa", n_kv_head=3), "n_kv_head=3 must divide n_head=4, for example 2"),
     (dict(pos="rope", n_embd=36), "n_embd=36 gives heads of odd width 9, but rope turns pairs; take 40"),
     (dict(pos="rope", d_rope=5), "d_rope=5 must be even under rope, for example 4"),
-    (dict(pos="rope", d_ctx=12), "d_ctx=12 must be a multiple of the head width 8 under rope, for example 16"),
+    (dict(pos="rope", d_ctx=12), "d_ctx=12 must be a multiple of the head width 8 under rope, such as 16"),
     (dict(d_latent=0), "d_latent=0 must be at least 1, for example 32"),
 ])
 def test_a_wrong_configuration_gets_a_sentence(wrong, words):

@@ -1,0 +1,173 @@
+"""sample.py as its users run it, and as they misuse it; and reading checkpoints, which it shares with train.py."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, call, checkpoint, misused
+
+import model
+import sample
+from model import ATTENTIONS, GPT
+
+
+def test_prompts_from_everywhere(folder, capsys, monkeypatch):
+    Path("prompt.txt").write_text("hanging")
+    texts = []
+    for flags in ["--prompt=hanging"], ["--prompt_file=prompt.txt"], ["--prompt_file=-"], ["--prompt=hanging", "--no-cache"]:
+        monkeypatch.setattr(sys, "stdin", open("prompt.txt"))
+        assert call("sample", *flags, "--max_new_tokens=20") is None
+        captured = capsys.readouterr()
+        texts.append(captured.out)
+        assert ("cache of 2,048 bytes, 128 a token" if flags[-1] != "--no-cache" else "no cache") in captured.err
+    assert texts == [texts[0]] * 4 and texts[0].startswith("hanging") and len(texts[0]) == len("hanging") + 20 + 1
+    assert call("sample", "--prompt=hanging", "--max_new_tokens=20", "--seed=2") is None
+    assert capsys.readouterr().out != texts[0]
+
+
+def test_samples_differ_and_without_a_prompt_begin_with_a_line_break(folder, capsys):
+    assert call("sample", "--num_samples=2", "--max_new_tokens=9") is None
+    one, two = capsys.readouterr().out.split("-" * 80 + "\n")
+    assert one[0] == two[0] == "\n" and one != two and len(one) == len(two) == 11
+
+
+def test_tokens_are_written_in_whole_characters(capsys):
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids)
+
+    tokens = torch.tensor(list("小狗!".encode()) + [0xe5])
+    assert sample.stream((token.view(1, 1) for token in tokens), Bytes()) >= 0
+    assert capsys.readouterr().out == "小狗!\N{REPLACEMENT CHARACTER}\n"
+
+
+def test_a_reader_may_leave(folder):
+    command = [sys.executable, ROOT / "sample.py", "--max_new_tokens=1000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == 1
+
+
+def test_sampling_takes_the_newest_run_and_its_best(folder, capsys):
+    assert call("train", *TINY, "--attention=gqa", "--out=out/newer") is None
+    Path("out/newer/last.pt").write_text("this is not read")
+    assert call("sample", "--max_new_tokens=2") is None
+    assert "gqa, agf, out/newer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_attention_maps_of_every_variant(attention):
+    torch.manual_seed(0)
+    network = GPT(model.GPTConfig(attention=attention, pos="rope", block_size=8, vocab_size=9, n_layer=2, n_head=2, n_embd=16))
+    weights = sample.attention_weights(network.eval(), torch.arange(7)[None])
+    assert weights.shape == (2, 2, 7, 7)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 7))
+    assert torch.equal(weights, weights.tril())
+
+
+def test_an_attention_map_is_a_picture(folder, capsys):
+    assert "'$' (number 9 of the text) is not among" in call("sample", "--prompt=bottles $", "--attention_map=map.png")
+    assert call("sample", "--prompt=bottles", "--attention_map=map.png") is None
+    assert Path("map.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == "map.png: 1 layers x 2 heads over 7 tokens\n"
+
+
+def test_a_dollar_is_drawn_as_it_is(folder, capsys):
+    """Not read as a formula, which `$^$` is not."""
+    Path("dollars.txt").write_text("$^$_{}\\" * 400)
+    assert call("prepare", "dollars.txt") is None
+    assert call("train", "--dataset=dollars", *TINY[1:], "--out=out/$^$", "--max_steps=3") is None
+    assert call("sample", "--prompt=$^$_{}\\", "--attention_map=map.png") is None
+
+
+# Misuse ---------------------------------------------------------------------------------------------------------------
+
+BEST = Path("out/run/best.pt")
+
+
+def change(**changes):
+    """Gives best.pt other contents."""
+    def damage():
+        torch.save({**checkpoint("out/run"), **changes}, BEST)
+    return damage
+
+
+def overwrite():
+    raw = BEST.read_bytes()
+    BEST.write_bytes(raw[: len(raw) // 2] + bytes(200) + raw[len(raw) // 2 + 200 :])
+
+
+def other_config(**changes):
+    return lambda: change(model_config={**checkpoint("out/run")["model_config"], **changes})()
+
+
+DAMAGE = {
+    "truncated": lambda: BEST.write_bytes(BEST.read_bytes()[:3000]),
+    "empty": lambda: BEST.write_bytes(b""),
+    "corrupt": overwrite,
+    "text": lambda: BEST.write_text("hello"),
+    "folder": lambda: (BEST.unlink(), BEST.mkdir()),
+    "zip": lambda: (BEST.unlink(), shutil.make_archive("archive", "zip", "data"), Path("archive.zip").rename(BEST)),
+    "other keys": lambda: torch.save({"format": model.CHECKPOINT_FORMAT, "model": {}}, BEST),
+    "list": lambda: torch.save([1, 2], BEST),
+    "older": change(format=0),
+    "wrong type": change(losses=3),
+    "code": lambda: torch.save(print, BEST),
+    "foreign attention": other_config(attention="mine"),
+    "foreign option": other_config(mine=3),
+    "wrong option": other_config(n_layer="two"),
+    "other shapes": other_config(n_embd=32),
+    "other weights": change(model={"wte.weight": 3}),
+    "no runs": lambda: shutil.rmtree("out"),
+    "binary text": lambda: Path("binary.txt").write_bytes(b"abc\xff\xfe" * 50),
+    "folder for picture": lambda: Path("map.png").mkdir(),
+    "file for folder": lambda: Path("taken").write_text(""),
+    None: lambda: None,
+}
+UNUSABLE = "out/run/best.pt is damaged, or of another model.py"
+
+MISUSE = [
+    # flags, what is damaged before, words of the sentence
+    (["--out=out/nowhere"], None, "there is no checkpoint out/nowhere/last.pt"),
+    (["--out=out/run/best.pt"], None, "there is no checkpoint out/run/best.pt/last.pt; --out takes the folder of a run"),
+    ([], "no runs", "there is no run in out/"),
+    ([], "folder", "there is no checkpoint out/run/best.pt"),
+    *[([], damage, UNUSABLE) for damage in ("truncated", "empty", "corrupt", "text", "zip", "other keys", "list", "older", "wrong type",
+                                            "code", "foreign option", "wrong option", "other shapes", "other weights")],
+    ([], "foreign attention", "attention='mine' is unknown"),
+    (["--prompt=naïve"], None, "character 'ï' (number 3 of the text) is not among the"),
+    (["--prompt="], None, "the prompt is empty"),
+    (["--prompt=a", "--prompt_file=tiny.txt"], None, "--prompt and --prompt_file exclude each other"),
+    (["--prompt_file=nowhere.txt"], None, "nowhere.txt cannot be read"),
+    (["--prompt_file=binary.txt"], "binary text", "binary.txt cannot be read as UTF-8 text"),
+    (["--temperature=-1"], None, "--temperature=-1.0 must be at least 0"),
+    (["--temperature=nan"], None, "--temperature=nan must be at least 0"),
+    (["--top_k=0"], None, "--top_k=0 must be at least 1"),
+    (["--max_new_tokens=0"], None, "--max_new_tokens=0 must be at least 1"),
+    (["--num_samples=0"], None, "--num_samples=0 must be at least 1"),
+    (["--kernel=triton"], None, "--kernel=triton cannot be used here"),
+    (["--device=toaster"], None, "--device=toaster cannot be used here"),
+    (["--attention_map=a.pdf"], None, "--attention_map=a.pdf must end in .png"),
+    (["--prompt=a", "--attention_map=map.png"], None, "takes a prompt of 2 to 16 tokens"),
+    (["--prompt=hanging on the wall", "--attention_map=map.png"], None, "and this one has 19"),
+    (["--prompt=wall", "--attention_map=map.png"], "folder for picture", "map.png could not be written (Is a directory)"),
+    (["--prompt=wall", "--attention_map=taken/map.png"], "file for folder", "taken/map.png could not be written"),
+]
+
+
+@pytest.mark.parametrize("flags,damage,words", MISUSE, ids=[f"{damage or words[:40]}" for _, damage, words in MISUSE])
+def test_misuse_gets_one_sentence(folder, capsys, flags, damage, words):
+    DAMAGE[damage]()
+    misused(capsys, "sample", flags, words)
+
+
+def test_an_unreadable_checkpoint_is_not_called_damaged(folder, monkeypatch):
+    def forbidden(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(model.zipfile, "ZipFile", forbidden)
+    assert "out/run/best.pt cannot be read (Permission denied); mend that" in call("sample")

@@ -1,0 +1,482 @@
+"""train.py as its users run it, and as they misuse it."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TEXT, TINY, call, checkpoint, contents, limited_file_size, log, misused, program
+
+import model
+import prepare
+import train
+from model import ATTENTIONS, GPT, POSITIONS, autocast
+
+CPU = torch.device("cpu")
+
+
+def test_prepare_train_sample_from_the_command_line(tmp_path):
+    """As in the README, in processes of their own: text in, tokens, training, text out."""
+    (tmp_path / "bottles.txt").write_text(TEXT)
+    tiny = ["--dataset=bottles", *TINY[1:-1]]
+    for command in ["prepare.py", "bottles.txt"], ["train.py", *tiny, "--max_steps=8"]:
+        result = program(ROOT / command[0], *command[1:], cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    run = tmp_path / "out" / "bottles-qv_ka-agf"
+    assert "python sample.py --out=out/bottles-qv_ka-agf" in result.stdout
+    assert [entry["step"] for entry in log(run)] == [3, 6, 8]
+    assert set(log(run)[0]) == {"step", "train_loss", "val_loss", "tokens"}
+    assert set(map(len, (line.split(", ") for line in (run / "log.jsonl").read_text().splitlines()))) == {6}
+    assert f"validation loss: {log(run)[-1]['val_loss']:.4f} at the end" in result.stdout
+    assert "over the whole split" in result.stdout
+    assert 0.1 < float(re.search(r"^memory: (\d+\.\d) GB at the peak$", result.stdout, re.M)[1]) < 4
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    result = program(ROOT / "sample.py", "--prompt=green", "--max_new_tokens=40", cwd=tmp_path)
+    assert result.stdout.startswith("green") and len(result.stdout) == len("green") + 40 + 1
+    state = checkpoint(run)
+    assert set(state) == set(model.CHECKPOINT) and state["step"] == len(state["losses"]) == 8
+    assert state["best_val_loss"] == min(entry["val_loss"] for entry in log(run))
+
+
+def test_importing_does_nothing(tmp_path):
+    result = program("-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare\n"
+                     "assert 'torch' not in sys.modules\nimport sample\nassert 'train' not in sys.modules\nimport train",
+                     cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "sample"])
+def test_help_teaches(name, capsys):
+    assert call(name, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"python {name}.py" in text and "default" in text
+    assert name != "train" or "whatever their defaults here say" in text and "presets: cpu n_layer=4" in text
+
+
+@pytest.mark.parametrize("attention,pos", list(zip(ATTENTIONS, itertools.cycle(POSITIONS))))
+def test_every_attention_trains_and_samples(folder, capsys, attention, pos):
+    assert call("train", *TINY, f"--attention={attention}", f"--pos={pos}", "--out=out/new") is None
+    assert call("sample", "--out=out/new", "--prompt=wall", "--max_new_tokens=30", "--num_samples=2", "--top_k=5") is None
+    captured = capsys.readouterr()
+    assert captured.out.count("wall") >= 2 and "60 tokens" in captured.err
+
+
+def test_gpt2_trains_and_streams_whole_characters(folder, gpt2, capsys):
+    Path("dogs.txt").write_text("一只小狗。" * 300, encoding="utf-8")
+    assert call("prepare", "dogs.txt", "--tokenizer=gpt2") is None
+    assert call("train", "--dataset=dogs", *TINY[1:], "--out=out/dogs", "--max_steps=40", "--eval_interval=40",
+                "--learning_rate=2e-2", "--warmup_steps=0", "--eval_tokens=50") is None
+    assert checkpoint("out/dogs")["model_config"]["vocab_size"] == 50304
+    capsys.readouterr()
+    assert call("sample", "--out=out/dogs", "--prompt=一只", "--max_new_tokens=30", "--temperature=0") is None
+    assert "小狗。一只" in capsys.readouterr().out
+
+
+# Where the data comes from --------------------------------------------------------------------------------------------
+
+
+def test_without_network_the_default_is_pydoc_and_a_named_data_set_is_not(folder, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "SHAKESPEARE_URL", "http://127.0.0.1:9/")
+    assert call("train", *TINY[1:], "--out=out/default") is None
+    assert "training on pydoc, Python's language reference, instead" in capsys.readouterr().out
+    assert checkpoint("out/default")["train_config"]["dataset"] == "pydoc"
+    assert "cannot be downloaded" in call("train", *TINY[1:], "--dataset=shakespeare_char", "--out=out/named")
+    assert not Path("out/named").exists()
+
+
+@pytest.mark.parametrize("damage,words", [
+    (lambda: Path("data/shakespeare_char/train.bin").write_bytes(b"abcd"), "data set 'shakespeare_char' is missing or damaged"),
+    (lambda: (Path("data/shakespeare_char/meta.json").unlink(), Path("data/shakespeare_char/input.txt").write_text("x")),
+     "data/shakespeare_char/input.txt is not tiny Shakespeare"),
+    (lambda: (shutil.rmtree("data/shakespeare_char"), Path("data/shakespeare_char").write_text("")), "could not be written"),
+], ids=["damaged tokens", "another text", "no folder"])
+def test_only_a_failed_download_has_a_substitute(folder, monkeypatch, damage, words):
+    """Anything else that is wrong with the default data is said, and pydoc is not trained on instead."""
+    shutil.copytree("data/tiny", "data/shakespeare_char")
+    damage()
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda *args, **kwargs: open("tiny.txt", "rb"))
+    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", prepare.hashlib.sha256(TEXT.encode()).hexdigest())
+    assert words in call("train", *TINY[1:], "--out=out/new")
+    assert not Path("data/pydoc").exists() and not Path("out/new").exists()
+
+
+# A step, a validation -------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    data, one, two = np.arange(1000, dtype=np.uint16), train.TrainConfig(batch_size=8), train.TrainConfig(batch_size=8, seed=2)
+    x, y = train.batch(data, one, 5, 7, CPU)
+    assert torch.equal(x + 1, y) and x.shape == (8, 5)
+    assert torch.equal(x, train.batch(data, one, 5, 7, CPU)[0])
+    assert not torch.equal(x, train.batch(data, one, 5, 8, CPU)[0]) and not torch.equal(x, train.batch(data, two, 5, 7, CPU)[0])
+    shares = [train.batch(data, one, 5, 7, CPU, rank, 2)[0] for rank in range(2)]
+    assert torch.equal(torch.cat(shares), x) and not torch.equal(*shares)
+    starts = {int(train.batch(np.arange(8, dtype=np.uint16), one, 5, step, CPU)[0][0, 0]) for step in range(50)}
+    assert starts == {0, 1, 2}, "every window of the data, the first and the last"
+
+
+def test_a_step_is_plain_gradient_descent_on_the_mean_loss(folder):
+    """In micro-batches, against AdamW on the whole batch by hand: the weights, and the loss that is reported."""
+    run = train.Run(train.parse([*TINY, "--out=out/new", "--micro_batch_size=2", "--grad_clip=0.5", "--warmup_steps=0"]))
+    twin = GPT(run.model.config)
+    twin.load_state_dict(run.model.state_dict())
+    optimizer = torch.optim.AdamW([dict(params=[p for p in twin.parameters() if p.dim() > 1], weight_decay=run.train.weight_decay),
+                                   dict(params=[p for p in twin.parameters() if p.dim() < 2], weight_decay=0)],
+                                  lr=run.train.learning_rate, betas=(0.9, run.train.beta2))
+    assert not run.step([])
+    _, loss = twin(*train.batch(run.splits["train"], run.train, 16, 0, CPU))
+    loss.backward()
+    assert torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5) > 0.5
+    optimizer.step()
+    assert run.losses == pytest.approx([loss.item()], rel=1e-6)
+    for ours, theirs in zip(run.model.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count,eval_tokens,predicted", [(83, None, 82), (81, None, 80), (10, None, 9), (83, 20, 20)])
+def test_validation_covers_every_token_once(folder, count, eval_tokens, predicted):
+    """Against the definition: each token after the first, predicted from those before it in its window of 16; and shared."""
+    network, val = GPT.load("out/run/last.pt")[0].eval(), prepare.load("tiny")[1]["val"][:count]
+    losses = []
+    for i in range(1, predicted + 1):
+        before = torch.from_numpy(val[(i - 1) // 16 * 16 : i].astype(np.int64))
+        losses.append(torch.nn.functional.cross_entropy(network(before[None])[0][0, -1], torch.tensor(int(val[i]))).item())
+    arguments = network, val, 16, 2, autocast(CPU, "float32"), eval_tokens
+    loss_sum, number = train.evaluate(*arguments)
+    assert number == predicted and math.isclose(loss_sum, sum(losses), rel_tol=1e-5)
+    shares = [train.evaluate(*arguments, rank, 2) for rank in range(2)]
+    assert np.sum(shares, 0) == pytest.approx([loss_sum, number])
+
+
+def test_validation_takes_no_more_tokens_at_once_than_a_micro_batch(folder, monkeypatch):
+    shapes, forward = set(), GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda self, idx, *args: shapes.add(idx.numel()) or forward(self, idx, *args))
+    assert call("train", *TINY[:-1], "--out=out/new", "--micro_batch_size=2", "--kernel=torch") is None
+    assert max(shapes) == 2 * 16
+
+
+def test_learning_rate_and_weight_decay():
+    config = train.TrainConfig(learning_rate=1.0, warmup_steps=9, max_steps=100)
+    rates = [train.learning_rate(step, config) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[100] == pytest.approx(0.1)
+    assert max(rates) > 0.97 and np.argmax(rates) == 9
+    network = GPT(train.GPTConfig(block_size=4, n_layer=1, n_head=1, n_embd=4))
+    decayed, rest = train.make_optimizer(network, config).param_groups
+    assert all(p.dim() > 1 for p in decayed["params"]) and decayed["weight_decay"] == 0.1
+    assert all(p.dim() == 1 for p in rest["params"]) and rest["weight_decay"] == 0
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(network.parameters()))
+
+
+def test_presets_are_defaults_that_flags_override():
+    cpu, shape = train.configure(dict(preset="cpu", n_layer=2))
+    assert (shape.n_layer, shape.n_embd, cpu.max_steps) == (2, 128, train.PRESETS["cpu"]["max_steps"])
+    _, shape = train.configure(dict(preset="gpu", attention="qkv"))
+    assert 10.0e6 < sum(p.numel() for p in GPT(shape).parameters()) < 11e6
+    config, shape = train.configure(dict(preset="gpt2"))
+    assert config.batch_size * shape.block_size == 491_520 and config.dataset == "openwebtext"
+
+
+def test_an_attention_of_ones_own_has_a_flag_of_its_own(folder, monkeypatch):
+    """A fork adds a field to GPTConfig, in two lines, and --help, the check and checkpoints know of it."""
+    class Mine(ATTENTIONS["qv"]):
+        pass
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(train.GPTConfig):
+        width: int | None = model.option(3, "of mine", only={"attention": ("mine",)})
+
+    monkeypatch.setitem(ATTENTIONS, "mine", Mine)
+    monkeypatch.setattr(train, "GPTConfig", Config)
+    monkeypatch.setattr(model, "GPTConfig", Config)
+    assert call("train", *TINY, "--attention=mine", "--width=5", "--out=out/mine") is None
+    assert call("train", "--resume", "--out=out/mine", "--max_steps=7", "--width=5") is None
+    assert checkpoint("out/mine")["model_config"]["width"] == 5
+    assert "--width=5 counts only with --attention=mine, and this is qkv" in call("train", *TINY, "--attention=qkv", "--width=5")
+
+
+# Stopping and going on ------------------------------------------------------------------------------------------------
+
+RESUME = [*TINY[:-3], "--max_steps=12", "--eval_interval=4", "--dropout=0.2", "--micro_batch_size=2", "--eval_tokens=500"]
+
+
+@pytest.fixture(scope="module")
+def whole(trained, tmp_path_factory):
+    """The checkpoint and log of a run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        shutil.copytree(trained / "data", folder / "data")
+        patch.chdir(folder)
+        assert call("train", *RESUME, "--out=whole") is None
+        return checkpoint("whole"), log("whole")
+
+
+@pytest.mark.parametrize("at,number", [(4, signal.SIGINT), (7, signal.SIGHUP)], ids=["at an evaluation", "between two"])
+def test_resume_is_exact(folder, monkeypatch, whole, at, number):
+    """A signal in a step, then --resume: bit for bit the run that was never stopped, dropout and accumulation included."""
+    steps, batch = itertools.count(1), train.batch
+
+    def interrupting(*args):
+        if next(steps) == at:
+            os.kill(os.getpid(), number)
+        return batch(*args)
+
+    monkeypatch.setattr(train, "batch", interrupting)
+    assert call("train", *RESUME, "--out=out/parts") == \
+        f"stopped after step {at}, which is saved; to go on: python train.py --resume --out=out/parts"
+    assert checkpoint("out/parts")["step"] == at
+    assert call("train", "--resume", "--out=out/parts") is None
+    parts = checkpoint("out/parts")
+    assert log("out/parts") == whole[1] and parts["losses"] == whole[0]["losses"]
+    assert all(torch.equal(weights, parts["model"][name]) for name, weights in whole[0]["model"].items())
+
+
+def test_a_second_signal_stops_at_once(folder, monkeypatch):
+    monkeypatch.setattr(train, "batch", lambda *args: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)])
+    before = contents()
+    assert call("train", "--resume", "--out=out/run", "--max_steps=9") == "interrupted"
+    assert contents() == before
+
+
+def test_a_signal_to_a_process_of_its_own(folder):
+    """Which saves before it was ever validated; under nohup the end of the terminal is none of its business."""
+    command = [sys.executable, ROOT / "train.py", *TINY[:-3], "--max_steps=1e6", "--eval_interval=1e6", "--out=out/long"]
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGHUP, hangup)
+    while not process.stdout.readline().startswith("plan:"):
+        assert process.poll() is None
+    for number in signal.SIGHUP, signal.SIGTERM:
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.startswith("stopped after step ") and "Traceback" not in errors
+    assert checkpoint("out/long")["step"] > 0 and not Path("out/long/best.pt").exists()
+    assert call("sample", "--out=out/long", "--max_new_tokens=3") is None
+
+
+def test_resume_takes_new_flags_and_the_same_ones(folder):
+    assert call("train", *TINY[:-3], "--resume", "--out=out/run", "--max_steps=9", "--weight_decay=5", "--learning_rate=1e-4") is None
+    state = checkpoint("out/run")
+    assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [5, 0]
+    assert state["train_config"]["weight_decay"] == 5 and state["optimizer"]["state"][0]["step"] == 9
+
+
+def test_a_finished_run_says_again_what_it_said(folder, capsys):
+    before = checkpoint("out/run")
+    assert call("train", "--resume", "--out=out/run") is None
+    assert "at the end" in capsys.readouterr().out and checkpoint("out/run")["losses"] == before["losses"]
+
+
+def test_best_is_saved_before_last(folder, monkeypatch):
+    """... and so is the log, so that last.pt, from which a run goes on, never knows of more than is there."""
+    def dying(path, write_to):
+        if path.name == "last.pt":
+            raise KeyboardInterrupt
+        write(path, write_to)
+
+    write = train.write
+    monkeypatch.setattr(train, "write", dying)
+    assert call("train", "--resume", "--out=out/run", "--max_steps=60") == "interrupted"
+    assert checkpoint("out/run")["step"] == 6 and checkpoint("out/run", "best.pt")["step"] == 9
+    assert [entry["step"] for entry in log("out/run")] == [3, 6, 9]
+
+
+def test_divergence_keeps_the_last_good_checkpoint(folder):
+    before = Path("out/run/last.pt").read_bytes()
+    sentence = call("train", "--resume", "--out=out/run", "--max_steps=300", "--learning_rate=1e38", "--grad_clip=0",
+                    "--weight_decay=0")
+    assert "training has diverged" in sentence and "--resume --out=out/run, with a smaller rate: --learning_rate=" in sentence
+    assert Path("out/run/last.pt").read_bytes() == before
+
+
+def test_weights_that_are_no_numbers_are_not_saved(folder, monkeypatch):
+    """The step before a stop may have broken them, and its loss says nothing yet."""
+    run, before = train.Run({"resume": True, "max_steps": 9}), contents()
+    next(run.model.parameters()).data[0, 0] = math.nan
+    with pytest.raises(prepare.UserError, match="training has diverged"):
+        run.save("last.pt")
+    assert contents() == before
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(folder):
+    before = Path("out/run/last.pt").read_bytes()
+    sentence = limited_file_size(5_000, lambda: call("train", "--resume", "--out=out/run", "--max_steps=9"))
+    assert "out/run/best.pt could not be written" in sentence and "what was saved before is intact" in sentence
+    assert Path("out/run/last.pt").read_bytes() == before
+    assert not list(Path("out/run").glob("*.tmp"))
+
+
+def test_a_new_run_never_overwrites_an_old_one(folder):
+    for name in "tiny-qv-rope", "tiny-qv-rope-2":
+        assert call("train", *TINY, "--attention=qv", "--pos=rope", "--max_steps=1") is None
+        assert Path("out", name, "last.pt").exists()
+
+
+def test_runs_that_start_together_get_folders_of_their_own(folder):
+    folders = []
+    threads = [threading.Thread(target=lambda: folders.append(train.new_folder(None, "same"))) for _ in range(8)]
+    for step in threading.Thread.start, threading.Thread.join:
+        for thread in threads:
+            step(thread)
+    assert len(set(folders)) == 8 and all(folder.is_dir() for folder in folders)
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_are_one(folder):
+    """torchrun with gloo: the same global batch, half on each process, against one process that accumulates."""
+    flags = [*TINY[:-3], "--max_steps=6", "--eval_interval=2", "--eval_tokens=500"]
+    result = program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("step 6:") == 1, "rank 0 alone speaks"
+    Path("out/tiny-qv_ka-agf").rename("out/two")
+    assert call("train", *flags, "--micro_batch_size=2", "--out=out/one") is None
+    for one, two in zip(log("out/one"), log("out/two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+    one, two = (checkpoint(run) for run in ("out/one", "out/two"))
+    assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
+    for name, weights in one["model"].items():
+        torch.testing.assert_close(weights, two["model"][name], rtol=1e-3, atol=1e-5)
+
+
+FAILING = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import prepare, train
+
+join, batch, write = train.dist.init_process_group, train.batch, train.write
+train.dist.init_process_group = lambda backend: join(
+    backend, init_method=f"file://{{os.getcwd()}}/{{where}}.store", rank=train.RANK, world_size=train.WORLD)
+
+def failing_batch(data, config, block_size, step, device):
+    x, y = batch(data, config, block_size, step, device)
+    if step == 4 and train.RANK == 1 and where == "stop":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if step == 4 and train.RANK == 1 and where == "nan":
+        x, y = x, y.clone().fill_(-100)                             # nothing to predict: the mean over nothing
+    return x, y
+
+def failing_write(path, write_to):
+    if where == "save" and path.name == "last.pt":
+        raise prepare.UserError("the disk is full")
+    write(path, write_to)
+
+train.batch, train.write, sys.argv[0] = failing_batch, failing_write, "train.py"
+for where in "stop", "nan", "save", "data":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        dataset = "nowhere" if where == "data" else "tiny"
+        prepare.run(lambda: train.main([f"--dataset={{dataset}}", f"--out=out/{{where}}", *sys.argv[1:]]))
+    except SystemExit as stop:
+        print(where, stop.code, file=sys.__stdout__, flush=True)
+"""
+
+
+def test_when_one_process_fails_both_leave(folder):
+    """One of two is asked to stop, has a loss that is no number, cannot save, or finds no data: nobody waits for ever, rank 0
+    says why in one sentence, and what was saved before is there."""
+    processes = [subprocess.Popen([sys.executable, "-c", FAILING, *TINY[1:-3], "--max_steps=9", "--eval_interval=3", "--eval_tokens=99"],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2"})
+                 for rank in range(2)]
+    first, errors = processes[0].communicate(timeout=40)
+    processes[1].terminate()                                                         # as torchrun does with those that wait
+    second, more_errors = processes[1].communicate(timeout=60)
+    sentences = [line.split(" ", 1) for line in first.splitlines() if line.startswith(("stop ", "nan ", "save ", "data "))]
+    assert [where for where, _ in sentences] == ["stop", "nan", "save", "data"], errors
+    for (_, sentence), words in zip(sentences, ("stopped after step 5, which is saved", "train.py: the loss is nan at step 5",
+                                                "train.py: the disk is full", "train.py: data set 'nowhere' is missing")):
+        assert sentence.startswith(words)
+    assert second.splitlines() == ["stop 1", "nan 1", "save 1"] and "Error" not in errors + more_errors, more_errors
+    assert [checkpoint(f"out/{where}")["step"] for where in ("stop", "nan")] == [5, 3]
+    assert [path.name for path in Path("out/save").glob("*.pt")] == ["best.pt"]
+
+
+# Misuse ---------------------------------------------------------------------------------------------------------------
+
+DAMAGE = {
+    "truncated data": lambda: Path("data/tiny/train.bin").write_bytes(Path("data/tiny/train.bin").read_bytes()[:-4]),
+    "foreign tokens": lambda: Path("data/tiny/val.bin").write_bytes(b"\xff" * Path("data/tiny/val.bin").stat().st_size),
+    "missing data": lambda: Path("data/tiny/val.bin").unlink(),
+    "truncated meta": lambda: Path("data/tiny/meta.json").write_text('{"tokenizer": '),
+    "meta without tokens": lambda: Path("data/tiny/meta.json").write_text('{"tokenizer": {"kind": "gpt2"}}'),
+    "list for meta": lambda: Path("data/tiny/meta.json").write_text("[]"),
+    "other tokenizer": lambda: (Path("tiny.txt").write_text(TEXT + "~"), call("prepare", "tiny.txt")),
+    "other text": lambda: (Path("tiny.txt").write_text(TEXT[::-1]), call("prepare", "tiny.txt")),
+    "no runs": lambda: shutil.rmtree("out"),
+    "short text": lambda: (Path("short.txt").write_text("abcdefghij" * 3), call("prepare", "short.txt")),
+    "file for folder": lambda: Path("taken").write_text(""),
+    "file for out": lambda: (shutil.rmtree("out"), Path("out").write_text("")),
+    None: lambda: None,
+}
+NEW = [*TINY, "--out=out/new"]
+
+MISUSE = [
+    # flags, what is damaged before, words of the sentence
+    ([*NEW, "--attentoin=qv"], None, "unrecognized arguments: --attentoin=qv"),
+    ([*NEW, "--attention=qkw"], None, "argument --attention: invalid choice: 'qkw'"),
+    ([*NEW, "--kernel=cuda"], None, "invalid choice: 'cuda'"),
+    ([*NEW, "--n_layer=two"], None, "argument --n_layer: invalid whole value: 'two'"),
+    ([*NEW, "--max_steps=2.5"], None, "argument --max_steps: 2.5 must be a whole number"),
+    ([*NEW, "--n_embd=1e30"], None, "argument --n_embd: 1e30 must be a whole number below 2**53"),
+    ([*NEW, "--n_layer=0"], None, "n_layer=0 must be at least 1"),
+    ([*NEW, "--n_head=3"], None, "n_embd=16 must be a multiple of n_head=3, for example 18"),
+    ([*NEW, "--attention=gqa", "--n_kv_head=5"], None, "n_kv_head=5 must divide n_head=2"),
+    ([*NEW, "--attention=qkv", "--n_kv_head=1"], None, "--n_kv_head=1 counts only with --attention=gqa"),
+    ([*NEW, "--attention=mla", "--d_rope=8"], None, "--d_rope=8 counts only with --pos=rope, and this is agf; leave it out"),
+    ([*NEW, "--attention=qv", "--shared_wk"], None, "--shared_wk=True counts only with --attention=qv_ka, and this is qv"),
+    ([*NEW, "--dropout=1.5"], None, "dropout=1.5 must lie in [0, 1)"),
+    ([*NEW, "--pos=rope", "--n_embd=18"], None, "n_embd=18 gives heads of odd width 9"),
+    ([*NEW, "--max_steps=0"], None, "max_steps=0 must be at least 1"),
+    ([*NEW, "--learning_rate=-1"], None, "learning_rate=-1.0 must be at least 0"),
+    ([*NEW, "--learning_rate=nan"], None, "learning_rate=nan must be at least 0, and less than"),
+    ([*NEW, "--beta2=1"], None, "beta2=1.0 must be at least 0, and less than 1"),
+    ([*NEW, "--seed=-1"], None, "seed=-1 must be at least 0"),
+    ([*NEW, "--n_embd=100000000000"], None, "memory ran out; lower --micro_batch_size (without dropout it changes nothing"),
+    ([*NEW, "--micro_batch_size=3"], None, "batch_size=4 must be a multiple of 3, micro_batch_size times the number of"),
+    ([*NEW, "--micro_batch_size=8"], None, "batch_size=4 must be a multiple of 8"),
+    ([*NEW, "--dataset=data/tiny"], None, "data set 'data/tiny' is missing or damaged"),
+    ([*NEW, "--device=cuda:99"], None, "--device=cuda:99 cannot be used here"),
+    ([*NEW, "--device=toaster"], None, "--device=toaster cannot be used here"),
+    ([*NEW, "--dtype=float8"], None, "invalid choice: 'float8'"),
+    ([*NEW, "--preset=huge"], None, "invalid choice: 'huge'"),
+    ([*NEW, "--kernel=triton"], None, "--kernel=triton cannot be used here"),
+    ([*NEW, "--dataset=nowhere"], None, "data set 'nowhere' is missing or damaged"),
+    ([*NEW, "--dataset=openwebtext"], None, "run: python prepare.py openwebtext"),
+    ([*NEW, "--block_size=100000"], None, "block_size=100000 needs more"),
+    ([*NEW, "--dataset=short", "--block_size=32"], "short text", "block_size=32 needs more training tokens than the 27 of short"),
+    ([*TINY, "--out=out/run"], None, "out/run holds a run already"),
+    ([*TINY, "--out=taken/run"], "file for folder", "taken/run cannot be made (Not a directory)"),
+    (TINY, "file for out", "out/tiny-qv_ka-agf cannot be made (Not a directory)"),
+    (["--resume", "--out=out/nowhere"], None, "there is no checkpoint out/nowhere/last.pt"),
+    (["--resume", "--out=out"], None, "there is no checkpoint out/last.pt; --out takes the folder of a run that train.py "
+     "has made, for example out/run"),
+    (["--resume"], "no runs", "there is no run in out/"),
+    (["--resume", "--out=out/run", "--max_steps=9", "--eval_tokens=9"], None, "--eval_tokens=9 cannot change a run in the middle"),
+    (["--resume", "--out=out/run", "--n_embd=32"], None, "--n_embd=32 cannot change a run in the middle, which has 16"),
+    (["--resume", "--out=out/run", "--max_steps=9"], "other tokenizer", "is not the one that out/run was trained on"),
+    (["--resume", "--out=out/run", "--max_steps=9"], "other text", "is not the one that out/run was trained on"),
+    (NEW, "truncated data", "data set 'tiny' is missing or damaged (meta.json counts"),
+    (NEW, "foreign tokens", "token 65535 is outside its vocabulary"),
+    (NEW, "missing data", "No such file or directory: 'data/tiny/val.bin'; prepared are: tiny)"),
+    (NEW, "truncated meta", "data set 'tiny' is missing or damaged"),
+    (NEW, "meta without tokens", "data set 'tiny' is missing or damaged ('tokens'"),
+    (NEW, "list for meta", "data set 'tiny' is missing or damaged"),
+]
+
+
+@pytest.mark.parametrize("flags,damage,words", MISUSE, ids=[words[:40] for _, _, words in MISUSE])
+def test_misuse_gets_one_sentence(folder, capsys, flags, damage, words):
+    DAMAGE[damage]()
+    misused(capsys, "train", flags, words)
