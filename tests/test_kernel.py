@@ -624,7 +624,7 @@ def processes(request):
 def answer(processes):
     """What one of them printed."""
     def wait(name):
-        out, err = processes[name].communicate(timeout=300)
+        out, err = processes[name].communicate(timeout=600)
         assert processes[name].returncode == 0, err
         return out
     return wait
