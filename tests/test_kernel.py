@@ -132,7 +132,7 @@ def fresh(request):
 
 @runs
 @pytest.mark.parametrize("case", cases(
-    T=[1, 2, 17, 33, 50], D=[16, 32, 64, 128], E=[0, 16, 64], decay=[False, True], dtype=DTYPES,
+    T=[1, 2, 17, 33, 46], D=[16, 32, 64, 128], E=[0, 16, 64], decay=[False, True], dtype=DTYPES,
     BHG=[(1, 1, 1), (2, 2, 2), (1, 3, 1), (1, 4, 2)], past=[0, 1, 15, 34],
     layout=["plain", "gaps", "heads first", "one buffer"]))
 def test_output_and_all_gradients(case):
@@ -233,21 +233,12 @@ def test_other_lengths_take_no_other_graph(function):
     assert counter.frame_count == 2
 
 
-@runs
-def test_gradient_of_a_plain_sum():
-    """sum() hands down a gradient that is one number, of stride 0."""
-    q, v, *_ = inputs(T=17, D=16)
-    qv_attention(q, v).sum().backward()
-    (d_v,) = torch.autograd.grad(qv_attention_plain(q, v).sum(), v)
-    assert_close([v.grad], [d_v.double()], 1e-5)
-
-
 class Memory(TorchDispatchMode):
-    """Counts the bytes of what is made under it: `now`, and `peak`."""
+    """Counts the bytes of what is made under it: `now`, and `peak`; and keeps the names of the functions that make it."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.known = 0, 0, WeakSet()
+        self.now, self.peak, self.known, self.functions = 0, 0, WeakSet(), set()
 
     def count(self, n):
         self.now += n
@@ -255,12 +246,25 @@ class Memory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        storage = result.untyped_storage()
-        if storage not in self.known:
+        self.functions.add(str(function))
+        storage = result.untyped_storage() if isinstance(result, torch.Tensor) else None
+        if storage is not None and storage not in self.known:
             self.known.add(storage)
             self.count(storage.nbytes())
             weakref.finalize(storage, self.count, -storage.nbytes())
         return result
+
+
+@runs
+def test_gradient_of_a_plain_sum():
+    """sum() hands down a gradient that is one number, of stride 0; and nobody makes zeros for lse, which has none."""
+    q, v, *_ = inputs(T=17, D=16)
+    total = qv_attention(q, v).sum()
+    with Memory() as memory:
+        total.backward()
+    (d_v,) = torch.autograd.grad(qv_attention_plain(q, v).sum(), v)
+    assert_close([v.grad], [d_v.double()], 1e-5)
+    assert not any("zeros" in name for name in memory.functions)
 
 
 @runs
@@ -385,7 +389,8 @@ def models(attention, pos, G=2, **options):
                               block_size=30) | options)
     plain, fused = GPT(config).to(DEVICE), GPT(config).to(DEVICE)
     fused.load_state_dict(plain.state_dict())
-    fused.use_kernel(kernel)
+    for block in fused.blocks:                                                       # as use_kernel does after the trial
+        block.attention.kernel = kernel
     return plain, fused
 
 
@@ -452,8 +457,8 @@ def test_the_programs_take_the_kernel_and_say_so(folder, capsys):
 
 @runs
 @pytest.mark.parametrize("flags,words", [
-    (["--attention=qkv"], "attention='qkv' has keys; the fused kernel is for qv and qv_ka"),
-    (["--dropout=0.1"], "dropout=0.1 of attention weights is not in the fused kernel"),
+    (["--attention=qkv"], "it is for qv and qv_ka"),
+    (["--dropout=0.1"], "has no dropout in training"),
     (["--n_embd=16"], "should be (B, T, H, D) with D and E 16, 32, 64 or 128"),
     (["--d_ctx=20"], "should be (B, T, H, E) with D and E 16, 32, 64 or 128"),
 ])
@@ -602,9 +607,9 @@ print(json.dumps([rows, variants]))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def processes():
-    """Everything that needs a process of its own, at once beside the other tests."""
-    if kernel.triton is None:
+def processes(request):
+    """Everything that needs a process of its own, at once beside the other tests; if such a test was asked for."""
+    if kernel.triton is None or not any("answer" in item.fixturenames for item in request.session.items):
         yield {}
         return
     usage = "import runpy, sys; sys.argv = ['kernel.py', {!r}]; runpy.run_path('kernel.py', run_name='__main__')"
@@ -619,7 +624,7 @@ def processes():
 def answer(processes):
     """What one of them printed."""
     def wait(name):
-        out, err = processes[name].communicate(timeout=300)
+        out, err = processes[name].communicate(timeout=600)
         assert processes[name].returncode == 0, err
         return out
     return wait
