@@ -1,7 +1,7 @@
 """What a KV cache costs and saves: memory and tokens a second, all attentions side by side, untrained.
 
     python tests/decoding.py                             the README's table: about a minute on two idle cores
-    python tests/decoding.py --context=4096              where the bytes of the cache weigh more
+    python tests/decoding.py --context=4096              where the bytes of the cache weigh more: several minutes
     python tests/decoding.py --draw=assets/memory.png    measures nothing: what a token leaves behind, to scale
 
 Each model makes one token in turn, again and again, so that all of them meet the same state of the machine. Speeds are
@@ -45,7 +45,7 @@ def parse(argv=None):
 
 
 def seconds_per_token(models, prompt, count, use_cache):
-    """For each model, the seconds of its first token, for which it reads the prompt, and the median of `count` more."""
+    """For each model, the median over `count` tokens, after a first one. Without a cache each is a reading of it all."""
     streams = {name: model.generate(prompt, count + 1, use_cache=use_cache) for name, model in models.items()}
     times = {name: [] for name in models}
     for _ in range(count + 1):
@@ -53,14 +53,14 @@ def seconds_per_token(models, prompt, count, use_cache):
             started = time.perf_counter()
             int(next(tokens))                                                        # waits for the device
             times[name].append(time.perf_counter() - started)
-    return {name: (first, median(rest)) for name, (first, *rest) in times.items()}
+    return {name: median(rest) for name, (_, *rest) in times.items()}
 
 
 def benchmark(shape, positions, device, context, tokens, uncached=3):
     """Prints a table: for each kind of positions, and a GPTConfig's shape with each attention, bytes and speeds."""
     print(f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, {shape.block_size:,} tokens of context; "
           f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n\n"
-          "| positions | attention | cache, bytes/token | tokens/s | times qkv's | prompt, times qkv's | without cache |\n"
+          "| positions | attention | cache, bytes/token | tokens/s | times qkv's | without cache | times qkv's |\n"
           "|---|---|---|---|---|---|---|")
     progress = Progress(len(positions))
     for done, pos in enumerate(positions, 1):
@@ -71,9 +71,9 @@ def benchmark(shape, positions, device, context, tokens, uncached=3):
             plain = seconds_per_token(models, prompt, uncached, use_cache=False)
             nbytes = {name: model.cache_bytes()[1] for name, model in models.items()}
         progress.clear()
-        for name, (reading, each) in cached.items():
-            print(f"| {pos} | {name} | {nbytes[name]:,} | {1 / each:.0f} | {cached['qkv'][1] / each:.2f} | "
-                  f"{cached['qkv'][0] / reading:.2f} | {1 / plain[name][1]:.1f} |", flush=True)
+        for name in models:
+            print(f"| {pos} | {name} | {nbytes[name]:,} | {1 / cached[name]:.0f} | {cached['qkv'] / cached[name]:.2f} | "
+                  f"{1 / plain[name]:.1f} | {plain['qkv'] / plain[name]:.2f} |", flush=True)
         progress(done, f"measured {done} of {len(positions)} kinds of positions")
     progress.clear()
 
