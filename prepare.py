@@ -91,7 +91,6 @@ class Progress:
         self.shown, self.terminal = self.started, sys.stderr.isatty()
 
     def rate(self, done):
-        """Units a second since the beginning."""
         return (done - self.first) / (time.perf_counter() - self.started)
 
     def __call__(self, done, text):
@@ -170,7 +169,7 @@ class GPT2Tokenizer:
         return np.array(self.bpe.encode_ordinary(text), dtype=np.uint16)
 
     def decode(self, ids):
-        """UTF-8 bytes, perhaps of half a character; ids by which train.py rounds the vocabulary up stand for nothing."""
+        """UTF-8 bytes, perhaps of half a character. Ids that only round the vocabulary up stand for nothing."""
         return self.bpe.decode_bytes([i for i in ids if i < self.vocab_size])
 
 
@@ -192,9 +191,8 @@ def save(name, tokenizer, source, chunks):
     folder, tokens, digest = DATA / name, {"train": 0, "val": 0}, hashlib.sha256()
     try:
         DATA.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=DATA, prefix=f"{name}.", suffix=".tmp") as temporary:
-            new = Path(temporary)
-            with open(new / "train.bin", "wb") as train, open(new / "val.bin", "wb") as val:
+        with tempfile.TemporaryDirectory(dir=DATA, prefix=f"{name}.", suffix=".tmp") as new:
+            with open(Path(new, "train.bin"), "wb") as train, open(Path(new, "val.bin"), "wb") as val:
                 for split, ids in chunks:
                     ids = np.asarray(ids, dtype=np.uint16)
                     (train if split == "train" else val).write(ids)
@@ -203,11 +201,11 @@ def save(name, tokenizer, source, chunks):
             if min(tokens.values()) < 2:
                 raise UserError(f"{source} is too short to be split (tokens: {tokens}); give more text")
             meta = dict(tokenizer=tokenizer.spec, source=source, sha256=digest.hexdigest(), tokens=tokens)
-            (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+            Path(new, "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
             folder.mkdir(exist_ok=True)
             (folder / "meta.json").unlink(missing_ok=True)                    # until it is back, no data set
             for file in "train.bin", "val.bin", "meta.json":
-                os.replace(new / file, folder / file)
+                os.replace(Path(new, file), folder / file)
     except OSError as error:
         raise UserError(f"{folder} could not be written ({reason(error)}) and is as before; make room there") from None
 
@@ -269,8 +267,7 @@ SOURCES = {"shakespeare_char": (shakespeare, "char"), "shakespeare": (shakespear
 
 
 def prepare_text(name, read, tokenizer):
-    """Writes data/<name>/ from a text and its source, which read() gives: the first 90 % for training, the last 10 % for
-    validation (nanoGPT's split)."""
+    """Writes data/<name>/ from what read() gives, a text and its source. The last tenth is for validation."""
     text, source = read()
     tokenizer = CharTokenizer("".join(sorted(set(text)))) if tokenizer == "char" else GPT2Tokenizer()
     cut = int(0.9 * len(text))
@@ -296,8 +293,8 @@ def openwebtext(tokenizer, limit, file=None):
                     return
             progress(done, f"{done / 1e6:,.1f}M of {progress.total / 1e6:,.0f}M tokens")
     except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{file or options['path']} cannot be read ({reason(error)}); connect to the network, or give a "
-                        ".parquet file with a column 'text'") from None
+        raise UserError(f"{file or options['path']} cannot be read ({reason(error)}); connect to the network, or give "
+                        "a .parquet file with a column 'text'") from None
     finally:
         progress.clear()
 

@@ -27,12 +27,12 @@ def parse(argv=None):
     parser.add_argument("--prompt_file", help="the same, from a UTF-8 file; - is standard input")
     parser.add_argument("--num_samples", type=whole, default=1, help="how many texts (default: 1)")
     parser.add_argument("--max_new_tokens", type=whole, default=500, help="tokens in each (default: 500)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 more cautious, above 1 wilder, 0 always the "
-                        "likeliest token (default: 0.8)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 more cautious, above 1 wilder, 0 "
+                        "always the likeliest token (default: 0.8)")
     parser.add_argument("--top_k", type=whole, help="draw from the k likeliest tokens only (default: all)")
     parser.add_argument("--seed", type=whole, default=1337, help="of the draws (default: 1337)")
-    parser.add_argument("--cache", action=BooleanOptionalAction, default=True, help="remember what was read (default), or read "
-                        "it all again for each token: the same text (in bfloat16 but for rounding), slower")
+    parser.add_argument("--cache", action=BooleanOptionalAction, default=True, help="remember what was read (default), "
+                        "or read it all again for each token: the same text (in bfloat16 but for rounding), slower")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps ... (default: auto)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                         help="of matrix products (default: auto)")

@@ -11,7 +11,6 @@ random in step i, its batch and its dropout, is a function of (seed, i) alone. S
 computes the same numbers as one that was not, and its batches do not depend on how many processes share them.
 """
 
-import contextlib
 import itertools
 import json
 import math
@@ -22,7 +21,6 @@ import sys
 import time
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import asdict, dataclass, fields, replace
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,20 +51,17 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train it: a preset (listed below) sets many flags at once, whatever their defaults here say, and flags that
-    you give win over it. Raises UserError (field, value, rule)."""
+    """How to train it: a preset (below) sets many flags, whatever their defaults here say; the flags you give win."""
 
     preset: str | None = option(None, "cpu: 0.8M parameters, a minute; gpu: 10.7M, minutes; gpt2: 124M on OpenWebText, "
                                 "days (default: gpu where there is CUDA, else cpu)", PRESETS)
-    dataset: str | None = option(None, "a folder of data/ that prepare.py made (default: tiny Shakespeare by character, "
-                                 "or pydoc where that cannot be downloaded)")
+    dataset: str | None = option(None, "a folder of data/ (default: tiny Shakespeare, or pydoc if there is no network)")
     out: str | None = option(None, "the run's folder (default: a new one in out/)")
     resume: bool = option(False, "go on with the run in --out, or with the newest, from its last.pt")
     seed: int = option(1337, "of weights, batches and dropout")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps ...")
     dtype: str = option("auto", "of matrix products (auto: bfloat16 if CUDA has it)", ("auto", "float32", "bfloat16"))
-    kernel: str = option("auto", "of qv and qv_ka: torch, or triton (kernel.py, on CUDA, without dropout; auto: torch)",
-                         ("auto", "torch", "triton"))
+    kernel: str = option("auto", "of qv and qv_ka (triton: kernel.py, CUDA; auto: torch)", ("auto", "torch", "triton"))
     compile: bool | None = option(None, "torch.compile the model (default: on CUDA only)")
     batch_size: int = option(64, "sequences in one optimizer step, over all processes and micro-batches together")
     micro_batch_size: int | None = option(None, "sequences in one forward pass of one process: lower it if memory runs "
@@ -88,8 +83,7 @@ class TrainConfig:
                 raise UserError(f"{name}={value} must be at least {int(least)}, and less than {end}")
         unit = WORLD * (self.micro_batch_size or 1)
         if self.batch_size % unit:
-            raise UserError(f"batch_size={self.batch_size} must be a multiple of {unit}, micro_batch_size times the "
-                            f"number of processes, for example {-(-self.batch_size // unit) * unit}")
+            raise UserError(f"batch_size={self.batch_size} must be a multiple of {unit}, micro_batch_size x processes")
 
 
 # How a flag is read, by its type; and the flags that a resumed run may be given anew. Without them it goes on exactly.
@@ -115,11 +109,9 @@ def parse(argv=None):
 
 
 def configure(given, past=None):
-    """TrainConfig and GPTConfig from the flags that were given and, if a run is to be resumed, its checkpoint. Raises
-    UserError for a flag that cannot change, or does not count."""
+    """TrainConfig and GPTConfig: defaults, under a preset or the checkpoint of a run to resume, under given flags."""
     if past is None:
-        on_gpu = torch.cuda.is_available() and given.get("device") != "cpu"
-        preset = given.get("preset", "gpu" if on_gpu else "cpu")
+        preset = given.get("preset", "gpu" if torch.cuda.is_available() and given.get("device") != "cpu" else "cpu")
         stored = {**PRESETS[preset], "preset": preset}
     else:
         stored = {**past["train_config"], **past["model_config"]}
@@ -132,14 +124,13 @@ def configure(given, past=None):
     for field in fields(GPTConfig):
         for other, wanted in field.metadata["only"].items():
             if field.name in given and getattr(config, other) not in wanted:
-                raise UserError(f"--{field.name}={given[field.name]} counts only with --{other}={' or '.join(wanted)}, "
-                                f"and this is {getattr(config, other)}; leave it out")
+                raise UserError(f"--{field.name} counts only with --{other}={' or '.join(wanted)}, and this is "
+                                f"{getattr(config, other)}; leave it out")
     return train, config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One step: its data, its rate, its gradients
-
+# One step: its data, its rate, its gradients; and the measure of what was learned
 
 def find_data(name, tell):
     """The data set's name, meta and splits. Small ones are prepared on the way; only the default has a substitute."""
@@ -161,8 +152,7 @@ def windows(data, starts, length, device):
 
 
 def batch(data, train, block_size, step, device, rank=RANK, world=WORLD):
-    """This process's share of a step's sequences, (batch_size / world, block_size). They start anywhere in the data:
-    where, is a function of (seed, step) alone."""
+    """This process's share of a step's sequences (batch_size / world, block_size), a function of (seed, step) alone."""
     starts = np.random.default_rng((train.seed, step)).integers(len(data) - block_size, size=train.batch_size)
     return windows(data, np.split(starts, world)[rank], block_size, device)
 
@@ -186,8 +176,8 @@ def add_up(numbers):
     if WORLD > 1:
         try:
             dist.all_reduce(numbers)
-        except RuntimeError:                                                         # the one that left has said why
-            sys.exit(1)
+        except RuntimeError as error:                                                # the one that left has said why
+            sys.exit(1 if "by peer" in str(error) else f"train.py: the processes lost each other ({reason(error)})")
     return numbers
 
 
@@ -214,15 +204,14 @@ def evaluate(model, data, block_size, batch_size, context, eval_tokens=None, ran
 # ---------------------------------------------------------------------------------------------------------------------
 # A run, from its first step, or from where it was stopped, to its last
 
-
 def listen():
-    """A list, to which Ctrl-C, a scheduler's SIGTERM and the end of the terminal (but for nohup) are added; a second one
-    stops at once."""
+    """A list, to which Ctrl-C, SIGTERM and the end of the terminal (but for nohup) add; a second one stops at once."""
     asked = []
 
     def ask(number, frame):
         asked.append(number)
-        signal.signal(number, signal.default_int_handler)
+        if WORLD == 1:                                                               # torchrun sends every signal twice
+            signal.signal(number, signal.default_int_handler)
 
     for name in "SIGINT", "SIGTERM", "SIGHUP":
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
@@ -257,12 +246,11 @@ def plot(losses, log, path):
 
 
 def peak_memory(device):
-    """Bytes at the peak so far, of a GPU's memory or of the whole process (0 on Windows, which does not say)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    resource = find_spec("resource") and import_module("resource")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
+    """Bytes at the peak so far, of a GPU's memory or of the whole process; 0 on Windows, which does not say."""
+    if device.type == "cuda" or sys.platform == "win32":
+        return torch.cuda.max_memory_allocated()
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Run:
@@ -277,30 +265,27 @@ class Run:
         dataset, meta, self.splits = find_data(train.dataset, print)
         self.train, self.device = replace(train, dataset=dataset), choose_device(train.device)
         if len(self.splits["train"]) <= config.block_size:
-            raise UserError(f"block_size={config.block_size} needs more training tokens than the {len(self.splits['train'])} "
-                            f"of {dataset}; take a smaller one")
+            raise UserError(f"block_size={config.block_size} must be less than the {len(self.splits['train'])} tokens")
         if past is None:
-            past = dict(format=CHECKPOINT_FORMAT, tokenizer=meta["tokenizer"], data_sha256=meta["sha256"], losses=[], log=[],
-                        seconds=0.0, optimizer={"state": {}})
-            size = prepare.tokenizer_size(meta["tokenizer"])
-            size = size if size < 1000 else -(-size // 64) * 64                # GPUs multiply round numbers faster
+            past = dict(tokenizer=meta["tokenizer"], data_sha256=meta["sha256"], losses=[], log=[], seconds=0.0)
             torch.manual_seed(train.seed)
-            self.model = GPT(replace(config, vocab_size=size))
+            size = prepare.tokenizer_size(meta["tokenizer"])                   # GPUs multiply round numbers faster
+            self.model = GPT(replace(config, vocab_size=size if size < 1000 else -(-size // 64) * 64))
         elif (past["tokenizer"], past["data_sha256"]) != (meta["tokenizer"], meta["sha256"]):
-            raise UserError(f"data set {dataset!r} is not the one that {self.out} was trained on; prepare that one again")
+            raise UserError(f"data set {dataset!r} is not the one that {self.out} was trained on; prepare that again")
         self.past, self.losses, self.log, self.seconds = past, past["losses"], past["log"], past["seconds"]
         self.context = autocast(self.device, train.dtype)
         self.kernel = self.model.to(self.device).use_kernel(train.kernel, self.context)
         compile = self.device.type == "cuda" and find_spec("triton") if train.compile is None else train.compile
         self.compiled = torch.compile(self.model) if compile else self.model
-        self.optimizer = make_optimizer(self.model, train)                     # with flags that may be new
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": past["optimizer"]["state"]})
+        self.optimizer = make_optimizer(self.model, train)
+        if "optimizer" in past:                                                # but its flags may be new
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": past["optimizer"]["state"]})
         if RANK == 0 and self.out is None:
             self.out = new_folder(train.out, f"{dataset}-{config.attention}-{config.pos}")
 
     def step(self, asked):
-        """One optimizer step. What is random in it is a function of the seed and its number alone. Returns whether any
-        process was asked to stop."""
+        """One step: what is random in it follows from seed and number alone. Returns whether to stop after it."""
         train, model, step, started = self.train, self.model, len(self.losses), time.perf_counter()
         torch.manual_seed(int(np.random.SeedSequence((train.seed, step, RANK)).generate_state(1)[0]))    # dropout
         x, y = batch(self.splits["train"], train, model.config.block_size, step, self.device)
@@ -325,23 +310,22 @@ class Run:
         return stop
 
     def check_finite(self, number):
-        """Where a loss, or the sum of all weights, is no number any more, all processes leave; rank 0 says what to do."""
+        """Where a loss, or the sum of all weights, is no number any more, all processes leave. Rank 0 says why."""
         if not math.isfinite(number):
             raise SystemExit(1) if RANK else UserError(
-                f"the loss is {number} at step {len(self.losses):,}: training has diverged; begin again, or go on from "
-                f"the last checkpoint by --resume --out={self.out}, with a smaller rate: "
-                f"--learning_rate={self.train.learning_rate / 3:.1g}")
+                f"the loss is {number} at step {len(self.losses):,}: training has diverged; begin again, or go on by "
+                f"--resume --out={self.out}, with a smaller rate: --learning_rate={self.train.learning_rate / 3:.1g}")
 
     def validate(self):
         """Measures the validation loss, adds it to the log and saves the run."""
-        train, step, tokens = self.train, len(self.losses), self.train.batch_size * self.model.config.block_size
-        last = self.log[-1] if self.log else dict(step=0, seconds=0.0)
-        micro, since = train.micro_batch_size or train.batch_size // WORLD, step - last["step"]
-        part = evaluate(self.model, self.splits["val"], self.model.config.block_size, micro, self.context, train.eval_tokens)
+        train, step, block_size = self.train, len(self.losses), self.model.config.block_size
+        micro, old = train.micro_batch_size or train.batch_size // WORLD, (self.log or [dict(step=0, seconds=0.0)])[-1]
+        part = evaluate(self.model, self.splits["val"], block_size, micro, self.context, train.eval_tokens)
         loss_sum, count = add_up(torch.tensor(part, dtype=torch.float64)).tolist()
         self.check_finite(loss_sum)
-        entry = dict(step=step, train_loss=sum(self.losses[-since:]) / since, val_loss=loss_sum / count, tokens=step * tokens,
-                     seconds=self.seconds, tokens_per_second=round(since * tokens / (self.seconds - last["seconds"])))
+        new, tokens = self.losses[old["step"] :], train.batch_size * block_size
+        entry = dict(step=step, train_loss=sum(new) / len(new), val_loss=loss_sum / count, tokens=step * tokens,
+                     seconds=self.seconds, tokens_per_second=round(len(new) * tokens / (self.seconds - old["seconds"])))
         best = all(entry["val_loss"] < other["val_loss"] for other in self.log)
         self.log.append(entry)
         self.save(*["best.pt"] * best, "last.pt")
@@ -349,14 +333,14 @@ class Run:
               f"{' (the best so far)' if best else ''}, {clock(self.seconds)}", flush=True)
 
     def save(self, *names):
-        """Writes log.jsonl and checkpoints of these names; last.pt is the last, and never knows of more than is there."""
+        """Writes log.jsonl and checkpoints of these names; last.pt is the last, and knows of no more than is there."""
         self.check_finite(sum(parameter.detach().sum().item() for parameter in self.model.parameters()))
         if RANK == 0:
             lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
             write(self.out / "log.jsonl", lambda temporary: temporary.write_text(lines, encoding="utf-8"))
-            checkpoint = dict(self.past, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                              model_config=asdict(self.model.config), train_config=asdict(self.train),
-                              step=len(self.losses), seconds=self.seconds,
+            checkpoint = dict(self.past, format=CHECKPOINT_FORMAT, model=self.model.state_dict(),
+                              optimizer=self.optimizer.state_dict(), model_config=asdict(self.model.config),
+                              train_config=asdict(self.train), step=len(self.losses), seconds=self.seconds,
                               best_val_loss=min((entry["val_loss"] for entry in self.log), default=math.inf))
             for name in names:
                 write(self.out / name, lambda temporary: torch.save(checkpoint, temporary))
@@ -366,11 +350,11 @@ class Run:
         """Steps until max_steps, or until somebody asks to stop; every eval_interval steps validates and saves."""
         train, config, data, asked = self.train, self.model.config, self.splits["train"], listen()
         tokens, parameters = train.batch_size * config.block_size, sum(p.numel() for p in self.model.parameters())
-        print(f"model: {config.attention} attention, {config.pos} positions, {config.n_layer} layers, {config.n_head} heads, "
-              f"{config.n_embd} wide: {parameters:,} parameters\n"
-              f"plan:  {train.max_steps:,} steps of {train.batch_size} x {config.block_size} = {tokens:,} tokens, "
-              f"{tokens * train.max_steps / len(data):.2g} times all of {train.dataset}, on {WORLD} x {self.device} in "
+        print(f"model: {config.attention} attention, {config.pos} positions, {config.n_layer} layers, {config.n_head} "
+              f"heads, {config.n_embd} wide: {parameters:,} parameters\nplan:  {train.max_steps:,} steps of {tokens:,} "
+              f"tokens, {tokens * train.max_steps / len(data):.2g} x {train.dataset}, on {WORLD} x {self.device} in "
               f"{str(self.context.fast_dtype).removeprefix('torch.')}, attention by {self.kernel}", flush=True)
+        self.save()                                                            # if that fails, now and not in an hour
         progress = Progress(train.max_steps, len(self.losses))
         while len(self.losses) < train.max_steps:
             stop, step = self.step(asked), len(self.losses)
@@ -391,25 +375,22 @@ class Run:
         print(f"validation loss: {self.log[-1]['val_loss']:.4f} at the end, {best['val_loss']:.4f} at best (step "
               f"{best['step']:,}), over {f'{train.eval_tokens:,} tokens' if train.eval_tokens else 'the whole split'}\n"
               f"memory: {peak_memory(self.device) / 1e9:.1f} GB at the peak\n"
-              f"checkpoints: {self.out}/last.pt and best.pt; curves: {self.out}/loss.png\n"
-              f"to sample from it: python sample.py --out={shlex.quote(str(self.out))}")
+              f"curves: {self.out}/loss.png; to sample from it: python sample.py --out={shlex.quote(str(self.out))}")
 
 
 def main(argv=None):
     given = parse(argv)
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout                 # the first alone speaks
     try:
         run = Run(given) if RANK == 0 else None                                # the first prepares the data, or says
         if WORLD > 1:                                                          # what is wrong, while the others wait
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        run = run or Run(given)
-        run.go()
+        (run or Run(given)).go()
     except (MemoryError, RuntimeError) as error:
         if "memory" not in f"{type(error)} {error}".lower():
             raise
-        raise UserError("memory ran out; lower --micro_batch_size (without dropout it changes nothing that is learned), "
-                        "or --n_embd, --n_layer or --block_size") from None
+        raise UserError("memory ran out; lower --micro_batch_size (without dropout it changes nothing that is learned) "
+                        "or --n_embd, --n_layer, --block_size") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

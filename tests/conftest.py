@@ -22,8 +22,8 @@ torch.set_num_threads(1)    # the tensors here are tiny: a second thread would w
 signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell has it ignored in what it starts in the background
 
 TEXT = "".join(f"{i} green bottles hanging on the wall, and if {i % 7} should fall: {i * i}.\n" for i in range(400))
-TINY = ["--dataset=tiny", "--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
-        "--max_steps=6", "--eval_interval=3", "--eval_tokens=500"]
+TINY = ["--dataset=tiny", "--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16",
+        "--batch_size=4", "--max_steps=6", "--eval_interval=3", "--eval_tokens=500"]
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,7 @@ def gpt2():
 
 
 def call(program, *flags):
-    """Runs a program's main() as its command line would; returns what it would exit with: None, a code or a sentence."""
+    """Runs a program's main() as its command line would; returns its exit: None, a code or a sentence."""
     main = importlib.import_module(program).main
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:

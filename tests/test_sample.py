@@ -17,7 +17,8 @@ from model import ATTENTIONS, GPT
 def test_prompts_from_everywhere(folder, capsys, monkeypatch):
     Path("prompt.txt").write_text("hanging")
     texts = []
-    for flags in ["--prompt=hanging"], ["--prompt_file=prompt.txt"], ["--prompt_file=-"], ["--prompt=hanging", "--no-cache"]:
+    for flags in (["--prompt=hanging"], ["--prompt_file=prompt.txt"], ["--prompt_file=-"],
+                  ["--prompt=hanging", "--no-cache"]):
         monkeypatch.setattr(sys, "stdin", open("prompt.txt"))
         assert call("sample", *flags, "--max_new_tokens=20") is None
         captured = capsys.readouterr()
@@ -62,8 +63,9 @@ def test_sampling_takes_the_newest_run_and_its_best(folder, capsys):
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_attention_maps_of_every_variant(attention):
     torch.manual_seed(0)
-    network = GPT(model.GPTConfig(attention=attention, pos="rope", block_size=8, vocab_size=9, n_layer=2, n_head=2, n_embd=16))
-    weights = sample.attention_weights(network.eval(), torch.arange(7)[None])
+    shape = dict(block_size=8, vocab_size=9, n_layer=2, n_head=2, n_embd=16)
+    network = GPT(model.GPTConfig(attention=attention, pos="rope", **shape)).eval()
+    weights = sample.attention_weights(network, torch.arange(7)[None])
     assert weights.shape == (2, 2, 7, 7)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 7))
     assert torch.equal(weights, weights.tril())
@@ -133,11 +135,12 @@ UNUSABLE = "out/run/best.pt is damaged, or of another model.py"
 MISUSE = [
     # flags, what is damaged before, words of the sentence
     (["--out=out/nowhere"], None, "there is no checkpoint out/nowhere/last.pt"),
-    (["--out=out/run/best.pt"], None, "there is no checkpoint out/run/best.pt/last.pt; --out takes the folder of a run"),
+    (["--out=out/run/best.pt"], None, "there is no checkpoint out/run/best.pt/last.pt; --out takes the folder"),
     ([], "no runs", "there is no run in out/"),
     ([], "folder", "there is no checkpoint out/run/best.pt"),
-    *[([], damage, UNUSABLE) for damage in ("truncated", "empty", "corrupt", "text", "zip", "other keys", "list", "older", "wrong type",
-                                            "code", "foreign option", "wrong option", "other shapes", "other weights")],
+    *[([], damage, UNUSABLE) for damage in (
+        "truncated", "empty", "corrupt", "text", "zip", "other keys", "list", "older", "wrong type", "code",
+        "foreign option", "wrong option", "other shapes", "other weights")],
     ([], "foreign attention", "attention='mine' is unknown"),
     (["--prompt=naïve"], None, "character 'ï' (number 3 of the text) is not among the"),
     (["--prompt="], None, "the prompt is empty"),
@@ -154,7 +157,7 @@ MISUSE = [
     (["--attention_map=a.pdf"], None, "--attention_map=a.pdf must end in .png"),
     (["--prompt=a", "--attention_map=map.png"], None, "takes a prompt of 2 to 16 tokens"),
     (["--prompt=hanging on the wall", "--attention_map=map.png"], None, "and this one has 19"),
-    (["--prompt=wall", "--attention_map=map.png"], "folder for picture", "map.png could not be written (Is a directory)"),
+    (["--prompt=wall", "--attention_map=map.png"], "folder for picture", "map.png could not be written"),
     (["--prompt=wall", "--attention_map=taken/map.png"], "file for folder", "taken/map.png could not be written"),
 ]
 

@@ -26,8 +26,8 @@ from model import ATTENTIONS, GPT, POSITIONS, autocast
 CPU = torch.device("cpu")
 
 
-def test_prepare_train_sample_from_the_command_line(tmp_path):
-    """As in the README, in processes of their own: text in, tokens, training, text out."""
+def test_prepare_and_train_from_the_command_line(tmp_path):
+    """As in the README, in processes of their own: text in, tokens, training."""
     (tmp_path / "bottles.txt").write_text(TEXT)
     tiny = ["--dataset=bottles", *TINY[1:-1]]
     for command in ["prepare.py", "bottles.txt"], ["train.py", *tiny, "--max_steps=8"]:
@@ -42,17 +42,15 @@ def test_prepare_train_sample_from_the_command_line(tmp_path):
     assert "over the whole split" in result.stdout
     assert 0.1 < float(re.search(r"^memory: (\d+\.\d) GB at the peak$", result.stdout, re.M)[1]) < 4
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    result = program(ROOT / "sample.py", "--prompt=green", "--max_new_tokens=40", cwd=tmp_path)
-    assert result.stdout.startswith("green") and len(result.stdout) == len("green") + 40 + 1
     state = checkpoint(run)
     assert set(state) == set(model.CHECKPOINT) and state["step"] == len(state["losses"]) == 8
     assert state["best_val_loss"] == min(entry["val_loss"] for entry in log(run))
 
 
 def test_importing_does_nothing(tmp_path):
-    result = program("-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare\n"
-                     "assert 'torch' not in sys.modules\nimport sample\nassert 'train' not in sys.modules\nimport train",
-                     cwd=tmp_path)
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare; assert 'torch' not in sys.modules; "
+            "import sample; assert 'train' not in sys.modules; import train")
+    result = program("-c", code, cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
 
 
@@ -67,7 +65,8 @@ def test_help_teaches(name, capsys):
 @pytest.mark.parametrize("attention,pos", list(zip(ATTENTIONS, itertools.cycle(POSITIONS))))
 def test_every_attention_trains_and_samples(folder, capsys, attention, pos):
     assert call("train", *TINY, f"--attention={attention}", f"--pos={pos}", "--out=out/new") is None
-    assert call("sample", "--out=out/new", "--prompt=wall", "--max_new_tokens=30", "--num_samples=2", "--top_k=5") is None
+    flags = ["--prompt=wall", "--max_new_tokens=30", "--num_samples=2", "--top_k=5"]
+    assert call("sample", "--out=out/new", *flags) is None
     captured = capsys.readouterr()
     assert captured.out.count("wall") >= 2 and "60 tokens" in captured.err
 
@@ -95,11 +94,14 @@ def test_without_network_the_default_is_pydoc_and_a_named_data_set_is_not(folder
     assert not Path("out/named").exists()
 
 
+SHAKESPEARE = Path("data/shakespeare_char")
+
+
 @pytest.mark.parametrize("damage,words", [
-    (lambda: Path("data/shakespeare_char/train.bin").write_bytes(b"abcd"), "data set 'shakespeare_char' is missing or damaged"),
-    (lambda: (Path("data/shakespeare_char/meta.json").unlink(), Path("data/shakespeare_char/input.txt").write_text("x")),
+    (lambda: (SHAKESPEARE / "train.bin").write_bytes(b"abcd"), "data set 'shakespeare_char' is missing or damaged"),
+    (lambda: ((SHAKESPEARE / "meta.json").unlink(), (SHAKESPEARE / "input.txt").write_text("x")),
      "data/shakespeare_char/input.txt is not tiny Shakespeare"),
-    (lambda: (shutil.rmtree("data/shakespeare_char"), Path("data/shakespeare_char").write_text("")), "could not be written"),
+    (lambda: (shutil.rmtree(SHAKESPEARE), SHAKESPEARE.write_text("")), "could not be written"),
 ], ids=["damaged tokens", "another text", "no folder"])
 def test_only_a_failed_download_has_a_substitute(folder, monkeypatch, damage, words):
     """Anything else that is wrong with the default data is said, and pydoc is not trained on instead."""
@@ -115,11 +117,13 @@ def test_only_a_failed_download_has_a_substitute(folder, monkeypatch, damage, wo
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    data, one, two = np.arange(1000, dtype=np.uint16), train.TrainConfig(batch_size=8), train.TrainConfig(batch_size=8, seed=2)
+    data = np.arange(1000, dtype=np.uint16)
+    one, two = train.TrainConfig(batch_size=8), train.TrainConfig(batch_size=8, seed=2)
     x, y = train.batch(data, one, 5, 7, CPU)
     assert torch.equal(x + 1, y) and x.shape == (8, 5)
     assert torch.equal(x, train.batch(data, one, 5, 7, CPU)[0])
-    assert not torch.equal(x, train.batch(data, one, 5, 8, CPU)[0]) and not torch.equal(x, train.batch(data, two, 5, 7, CPU)[0])
+    assert not torch.equal(x, train.batch(data, one, 5, 8, CPU)[0])
+    assert not torch.equal(x, train.batch(data, two, 5, 7, CPU)[0])
     shares = [train.batch(data, one, 5, 7, CPU, rank, 2)[0] for rank in range(2)]
     assert torch.equal(torch.cat(shares), x) and not torch.equal(*shares)
     starts = {int(train.batch(np.arange(8, dtype=np.uint16), one, 5, step, CPU)[0][0, 0]) for step in range(50)}
@@ -128,12 +132,13 @@ def test_batches_are_a_function_of_seed_and_step():
 
 def test_a_step_is_plain_gradient_descent_on_the_mean_loss(folder):
     """In micro-batches, against AdamW on the whole batch by hand: the weights, and the loss that is reported."""
-    run = train.Run(train.parse([*TINY, "--out=out/new", "--micro_batch_size=2", "--grad_clip=0.5", "--warmup_steps=0"]))
+    flags = ["--out=out/new", "--micro_batch_size=2", "--grad_clip=0.5", "--warmup_steps=0"]
+    run = train.Run(train.parse([*TINY, *flags]))
     twin = GPT(run.model.config)
     twin.load_state_dict(run.model.state_dict())
-    optimizer = torch.optim.AdamW([dict(params=[p for p in twin.parameters() if p.dim() > 1], weight_decay=run.train.weight_decay),
-                                   dict(params=[p for p in twin.parameters() if p.dim() < 2], weight_decay=0)],
-                                  lr=run.train.learning_rate, betas=(0.9, run.train.beta2))
+    groups = [dict(params=[p for p in twin.parameters() if p.dim() > 1], weight_decay=run.train.weight_decay),
+              dict(params=[p for p in twin.parameters() if p.dim() < 2], weight_decay=0)]
+    optimizer = torch.optim.AdamW(groups, lr=run.train.learning_rate, betas=(0.9, run.train.beta2))
     assert not run.step([])
     _, loss = twin(*train.batch(run.splits["train"], run.train, 16, 0, CPU))
     loss.backward()
@@ -146,12 +151,13 @@ def test_a_step_is_plain_gradient_descent_on_the_mean_loss(folder):
 
 @pytest.mark.parametrize("count,eval_tokens,predicted", [(83, None, 82), (81, None, 80), (10, None, 9), (83, 20, 20)])
 def test_validation_covers_every_token_once(folder, count, eval_tokens, predicted):
-    """Against the definition: each token after the first, predicted from those before it in its window of 16; and shared."""
+    """Against the definition: each token after the first, from those before it in its window of 16; and shared."""
     network, val = GPT.load("out/run/last.pt")[0].eval(), prepare.load("tiny")[1]["val"][:count]
     losses = []
     for i in range(1, predicted + 1):
         before = torch.from_numpy(val[(i - 1) // 16 * 16 : i].astype(np.int64))
-        losses.append(torch.nn.functional.cross_entropy(network(before[None])[0][0, -1], torch.tensor(int(val[i]))).item())
+        logits = network(before[None])[0][0, -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(int(val[i]))).item())
     arguments = network, val, 16, 2, autocast(CPU, "float32"), eval_tokens
     loss_sum, number = train.evaluate(*arguments)
     assert number == predicted and math.isclose(loss_sum, sum(losses), rel_tol=1e-5)
@@ -202,12 +208,14 @@ def test_an_attention_of_ones_own_has_a_flag_of_its_own(folder, monkeypatch):
     assert call("train", *TINY, "--attention=mine", "--width=5", "--out=out/mine") is None
     assert call("train", "--resume", "--out=out/mine", "--max_steps=7", "--width=5") is None
     assert checkpoint("out/mine")["model_config"]["width"] == 5
-    assert "--width=5 counts only with --attention=mine, and this is qkv" in call("train", *TINY, "--attention=qkv", "--width=5")
+    words = "--width counts only with --attention=mine, and this is qkv"
+    assert words in call("train", *TINY, "--attention=qkv", "--width=5")
 
 
 # Stopping and going on ------------------------------------------------------------------------------------------------
 
-RESUME = [*TINY[:-3], "--max_steps=12", "--eval_interval=4", "--dropout=0.2", "--micro_batch_size=2", "--eval_tokens=500"]
+RESUME = [*TINY[:-3], "--max_steps=12", "--eval_interval=4", "--eval_tokens=500", "--dropout=0.2",
+          "--micro_batch_size=2"]
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +231,7 @@ def whole(trained, tmp_path_factory):
 
 @pytest.mark.parametrize("at,number", [(4, signal.SIGINT), (7, signal.SIGHUP)], ids=["at an evaluation", "between two"])
 def test_resume_is_exact(folder, monkeypatch, whole, at, number):
-    """A signal in a step, then --resume: bit for bit the run that was never stopped, dropout and accumulation included."""
+    """A signal in a step, then --resume: bit for bit the run that was never stopped, with dropout and micro-batches."""
     steps, batch = itertools.count(1), train.batch
 
     def interrupting(*args):
@@ -250,7 +258,8 @@ def test_a_second_signal_stops_at_once(folder, monkeypatch):
 
 def test_a_signal_to_a_process_of_its_own(folder):
     """Which saves before it was ever validated; under nohup the end of the terminal is none of its business."""
-    command = [sys.executable, ROOT / "train.py", *TINY[:-3], "--max_steps=1e6", "--eval_interval=1e6", "--out=out/long"]
+    flags = [*TINY[:-3], "--max_steps=1e6", "--eval_interval=1e6", "--out=out/long"]
+    command = [sys.executable, ROOT / "train.py", *flags]
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGHUP, hangup)
@@ -265,10 +274,23 @@ def test_a_signal_to_a_process_of_its_own(folder):
 
 
 def test_resume_takes_new_flags_and_the_same_ones(folder):
-    assert call("train", *TINY[:-3], "--resume", "--out=out/run", "--max_steps=9", "--weight_decay=5", "--learning_rate=1e-4") is None
+    flags = ["--max_steps=9", "--weight_decay=5", "--learning_rate=1e-4"]
+    assert call("train", *TINY[:-3], "--resume", "--out=out/run", *flags) is None
     state = checkpoint("out/run")
     assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [5, 0]
     assert state["train_config"]["weight_decay"] == 5 and state["optimizer"]["state"][0]["step"] == 9
+
+
+def test_what_a_run_logs(folder, monkeypatch):
+    """The training loss is the mean since the last time; the randomness of every step is its own."""
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+    assert call("train", *TINY, "--out=out/new") is None
+    state = checkpoint("out/new")
+    assert [entry["train_loss"] for entry in state["log"]] == [np.mean(state["losses"][i : i + 3]) for i in (0, 3)]
+    assert [entry["tokens"] for entry in state["log"]] == [3 * 4 * 16, 6 * 4 * 16]
+    assert seeds[0] == 1337 and len(set(seeds)) == 7
+    assert state["losses"] == checkpoint("out/run")["losses"]
 
 
 def test_a_finished_run_says_again_what_it_said(folder, capsys):
@@ -295,7 +317,7 @@ def test_divergence_keeps_the_last_good_checkpoint(folder):
     before = Path("out/run/last.pt").read_bytes()
     sentence = call("train", "--resume", "--out=out/run", "--max_steps=300", "--learning_rate=1e38", "--grad_clip=0",
                     "--weight_decay=0")
-    assert "training has diverged" in sentence and "--resume --out=out/run, with a smaller rate: --learning_rate=" in sentence
+    assert "training has diverged" in sentence and "--resume --out=out/run, with a smaller rate" in sentence
     assert Path("out/run/last.pt").read_bytes() == before
 
 
@@ -314,6 +336,12 @@ def test_a_full_disk_keeps_the_last_checkpoint(folder):
     assert "out/run/best.pt could not be written" in sentence and "what was saved before is intact" in sentence
     assert Path("out/run/last.pt").read_bytes() == before
     assert not list(Path("out/run").glob("*.tmp"))
+
+
+def test_what_cannot_be_written_is_said_before_the_first_step(folder, monkeypatch):
+    monkeypatch.setattr(train.Run, "step", lambda *args: pytest.fail("a step was taken"))
+    Path("out/new/log.jsonl").mkdir(parents=True)
+    assert "out/new/log.jsonl could not be written (Is a directory)" in call("train", *TINY, "--out=out/new")
 
 
 def test_a_new_run_never_overwrites_an_old_one(folder):
@@ -384,20 +412,19 @@ for where in "stop", "nan", "save", "data":
 
 
 def test_when_one_process_fails_both_leave(folder):
-    """One of two is asked to stop, has a loss that is no number, cannot save, or finds no data: nobody waits for ever, rank 0
-    says why in one sentence, and what was saved before is there."""
-    processes = [subprocess.Popen([sys.executable, "-c", FAILING, *TINY[1:-3], "--max_steps=9", "--eval_interval=3", "--eval_tokens=99"],
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2"})
-                 for rank in range(2)]
+    """One of two is asked to stop, has a loss that is no number, cannot save, or finds no data: nobody waits for ever,
+    rank 0 says why in one sentence, and what was saved before is there."""
+    command = [sys.executable, "-c", FAILING, *TINY[1:-3], "--max_steps=9", "--eval_interval=3", "--eval_tokens=99"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    processes = [subprocess.Popen(command, **pipes, env={**environment, "RANK": str(rank)}) for rank in range(2)]
     first, errors = processes[0].communicate(timeout=40)
-    processes[1].terminate()                                                         # as torchrun does with those that wait
+    processes[1].terminate()                                        # as torchrun does with those that wait
     second, more_errors = processes[1].communicate(timeout=60)
-    sentences = [line.split(" ", 1) for line in first.splitlines() if line.startswith(("stop ", "nan ", "save ", "data "))]
-    assert [where for where, _ in sentences] == ["stop", "nan", "save", "data"], errors
-    for (_, sentence), words in zip(sentences, ("stopped after step 5, which is saved", "train.py: the loss is nan at step 5",
-                                                "train.py: the disk is full", "train.py: data set 'nowhere' is missing")):
-        assert sentence.startswith(words)
+    expected = ["stop stopped after step 5, which is saved", "nan train.py: the loss is nan at step 5",
+                "save train.py: the disk is full", "data train.py: data set 'nowhere' is missing"]
+    sentences = [line for line in first.splitlines() if line.startswith(("stop ", "nan ", "save ", "data "))]
+    assert [line[: len(words)] for line, words in zip(sentences, expected, strict=True)] == expected, errors
     assert second.splitlines() == ["stop 1", "nan 1", "save 1"] and "Error" not in errors + more_errors, more_errors
     assert [checkpoint(f"out/{where}")["step"] for where in ("stop", "nan")] == [5, 3]
     assert [path.name for path in Path("out/save").glob("*.pt")] == ["best.pt"]
@@ -433,9 +460,9 @@ MISUSE = [
     ([*NEW, "--n_layer=0"], None, "n_layer=0 must be at least 1"),
     ([*NEW, "--n_head=3"], None, "n_embd=16 must be a multiple of n_head=3, for example 18"),
     ([*NEW, "--attention=gqa", "--n_kv_head=5"], None, "n_kv_head=5 must divide n_head=2"),
-    ([*NEW, "--attention=qkv", "--n_kv_head=1"], None, "--n_kv_head=1 counts only with --attention=gqa"),
-    ([*NEW, "--attention=mla", "--d_rope=8"], None, "--d_rope=8 counts only with --pos=rope, and this is agf; leave it out"),
-    ([*NEW, "--attention=qv", "--shared_wk"], None, "--shared_wk=True counts only with --attention=qv_ka, and this is qv"),
+    ([*NEW, "--attention=qkv", "--n_kv_head=1"], None, "--n_kv_head counts only with --attention=gqa"),
+    ([*NEW, "--attention=mla", "--d_rope=8"], None, "--d_rope counts only with --pos=rope, and this is agf"),
+    ([*NEW, "--attention=qv", "--shared_wk"], None, "--shared_wk counts only with --attention=qv_ka, and this is qv"),
     ([*NEW, "--dropout=1.5"], None, "dropout=1.5 must lie in [0, 1)"),
     ([*NEW, "--pos=rope", "--n_embd=18"], None, "n_embd=18 gives heads of odd width 9"),
     ([*NEW, "--max_steps=0"], None, "max_steps=0 must be at least 1"),
@@ -443,8 +470,8 @@ MISUSE = [
     ([*NEW, "--learning_rate=nan"], None, "learning_rate=nan must be at least 0, and less than"),
     ([*NEW, "--beta2=1"], None, "beta2=1.0 must be at least 0, and less than 1"),
     ([*NEW, "--seed=-1"], None, "seed=-1 must be at least 0"),
-    ([*NEW, "--n_embd=100000000000"], None, "memory ran out; lower --micro_batch_size (without dropout it changes nothing"),
-    ([*NEW, "--micro_batch_size=3"], None, "batch_size=4 must be a multiple of 3, micro_batch_size times the number of"),
+    ([*NEW, "--n_embd=100000000000"], None, "memory ran out; lower --micro_batch_size (without dropout"),
+    ([*NEW, "--micro_batch_size=3"], None, "batch_size=4 must be a multiple of 3, micro_batch_size x processes"),
     ([*NEW, "--micro_batch_size=8"], None, "batch_size=4 must be a multiple of 8"),
     ([*NEW, "--dataset=data/tiny"], None, "data set 'data/tiny' is missing or damaged"),
     ([*NEW, "--device=cuda:99"], None, "--device=cuda:99 cannot be used here"),
@@ -454,16 +481,15 @@ MISUSE = [
     ([*NEW, "--kernel=triton"], None, "--kernel=triton cannot be used here"),
     ([*NEW, "--dataset=nowhere"], None, "data set 'nowhere' is missing or damaged"),
     ([*NEW, "--dataset=openwebtext"], None, "run: python prepare.py openwebtext"),
-    ([*NEW, "--block_size=100000"], None, "block_size=100000 needs more"),
-    ([*NEW, "--dataset=short", "--block_size=32"], "short text", "block_size=32 needs more training tokens than the 27 of short"),
+    ([*NEW, "--block_size=100000"], None, "block_size=100000 must be less than"),
+    ([*NEW, "--dataset=short", "--block_size=32"], "short text", "block_size=32 must be less than the 27 tokens"),
     ([*TINY, "--out=out/run"], None, "out/run holds a run already"),
     ([*TINY, "--out=taken/run"], "file for folder", "taken/run cannot be made (Not a directory)"),
     (TINY, "file for out", "out/tiny-qv_ka-agf cannot be made (Not a directory)"),
     (["--resume", "--out=out/nowhere"], None, "there is no checkpoint out/nowhere/last.pt"),
-    (["--resume", "--out=out"], None, "there is no checkpoint out/last.pt; --out takes the folder of a run that train.py "
-     "has made, for example out/run"),
+    (["--resume", "--out=out"], None, "there is no checkpoint out/last.pt; --out takes the folder of a run"),
     (["--resume"], "no runs", "there is no run in out/"),
-    (["--resume", "--out=out/run", "--max_steps=9", "--eval_tokens=9"], None, "--eval_tokens=9 cannot change a run in the middle"),
+    (["--resume", "--out=out/run", "--max_steps=9", "--eval_tokens=9"], None, "--eval_tokens=9 cannot change a run"),
     (["--resume", "--out=out/run", "--n_embd=32"], None, "--n_embd=32 cannot change a run in the middle, which has 16"),
     (["--resume", "--out=out/run", "--max_steps=9"], "other tokenizer", "is not the one that out/run was trained on"),
     (["--resume", "--out=out/run", "--max_steps=9"], "other text", "is not the one that out/run was trained on"),
