@@ -11,66 +11,87 @@ remembers of each token (`write`: exactly what a KV cache stores), and how keys 
 
     attention   remembered per token           key           value     numbers per token and layer
     qkv         k, v                           k             v         2 H D
-    gqa         k, v of G heads, G divides H   k             v         2 G D
+    gqa         k, v of G heads                k             v         2 G D
     mla         latent c, rotary key r         [up_k(c); r]  up_v(c)   d_latent (+ d_rope under rope)
-    qv          v                              v             v         H D
-    qv_ka       v, and a context g             [g; v] W_K    v         H D + d_ctx
+    qv          v of G heads                   v             v         G D
+    qv_ka       v of G heads, context g        [g; v] W_K    v         G D + d_ctx
 
 Letters in shapes, all of them: B batch, T new tokens, S remembered tokens (the T new ones are the last of them),
-C n_embd, H heads, G key/value heads, D = C / H head width, L d_latent, R d_rope, E d_ctx, V vocabulary. (In the paper's
-formulas G and V are also the contexts g and the values v of all tokens, as matrices.)
+C n_embd, H heads, G heads of keys or values (G divides H, and each serves H / G heads), D = C / H head width,
+L d_latent, R d_rope, E d_ctx, V vocabulary. (In the paper's formulas G and V are the contexts g and values v of all.)
 """
 
 import math
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from prepare import UserError, reason
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Positions: a GPT-2 style table added at the input (`learned`, in class GPT), or one of these two inside attention.
+# Positions. A table is added at the input, learned (GPT-2) or of sinusoids; or one of two modules works in attention.
+
+
+def frequencies(width):
+    """Of width / 2 waves, from 2 pi to nearly 10000 * 2 pi tokens long."""
+    return 10000.0 ** (-torch.arange(0, width, 2) / width)
+
+
+class Sinusoids(nn.Module):
+    """The fixed table of "Attention Is All You Need" (arXiv:1706.03762, section 3.5), the paper's baseline, scaled to
+    the size that embeddings start with (GPT.init). Unscaled it is 20 times as large or more, and the first LayerNorm
+    would leave next to nothing of the tokens; the original multiplies embeddings by sqrt(C) instead."""
+
+    def __init__(self, block_size, width):
+        super().__init__()
+        angle = torch.arange(block_size)[:, None] * frequencies(width)               # (block_size, C/2, rounded up)
+        waves = torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :width]             # of mean square 1/2
+        self.register_buffer("weight", 0.3 * math.sqrt(2 / width) * waves, persistent=False)
 
 
 class Rotary(nn.Module):
-    """RoPE (arXiv:2104.09864): turn pairs of numbers, one from each half of the vector, by angles that grow with the token's
-    position, so that the dot product of two rotated vectors depends on their distance alone."""
+    """RoPE (arXiv:2104.09864): turn pairs of numbers, one from each half of the vector, by angles that grow with the
+    token's position, so that the dot product of two rotated vectors depends on their distance alone."""
 
     def __init__(self, width, block_size):
         super().__init__()
-        frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)                  # (width/2,)
-        angle = torch.arange(block_size)[:, None, None] * frequency                  # (block_size, 1, width/2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        angle = torch.arange(block_size)[:, None, None] * frequencies(width)         # (block_size, 1, width/2)
+        self.register_buffer("cos", torch.cat([angle.cos(), angle.cos()], dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], dim=-1), persistent=False)
 
-    def forward(self, x, start):
-        """x (B, T, heads, width), whose first token stands at absolute position `start`; the same shape comes back."""
-        cos, sin = (table[start : start + x.size(1)] for table in (self.cos, self.sin))   # (T, 1, width/2)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+    def forward(self, x, start, turn=1):
+        """x (B, T, heads, width), whose first token stands at absolute position `start`; the same shape comes back.
+        The pair (a, b) becomes (a cos - b sin, b cos + a sin); turn = -1 undoes that."""
+        cos, sin = (table[start : start + x.size(1)] for table in (self.cos, self.sin))          # (T, 1, width)
+        swapped = x.roll(x.size(-1) // 2, dims=-1)                                   # (b, a)
+        return torch.addcmul(x * cos, swapped, sin, value=turn).type_as(x)
 
 
 class Decay(nn.Module):
     """Our reading of AGF (arXiv:2603.04805; the source of its exact formula is not public): a key at distance r counts
-    (1 + r)^(-a_h) times what one at distance 0 does. Each head learns its exponent a_h > 0, kept positive as exp(log_a); they start between
-    1/4, which sees far, and 4, which sees little but the token itself."""
+    (1 + r)^(-a_h) times what one at distance 0 does. Each head learns its exponent a_h > 0, kept positive as
+    exp(log_a); they start between 1/4, which sees far, and 4, which sees little but the token itself."""
 
-    def __init__(self, n_head):
+    def __init__(self, n_head, block_size):
         super().__init__()
+        self.block_size = block_size
         self.log_a = nn.Parameter(torch.linspace(math.log(0.25), math.log(4.0), n_head))
+        distance = torch.arange(block_size - 1, -block_size, -1).clamp(min=0)  # the farthest key first, then the future
+        self.register_buffer("minus_log", -torch.log1p(distance), persistent=False)  # (2 block_size - 1,)
 
     def forward(self, T, S):
-        """The power law as an additive logit bias, -a_h log(1 + r): (1, H, T, S)."""
-        i, j = (torch.arange(n, device=self.log_a.device) for n in (T, S))
-        distance = (i[:, None] + S - T - j).clamp(min=0)                             # the last query is the last key
-        return -self.log_a.exp()[None, :, None, None] * torch.log1p(distance.to(self.log_a.dtype))
+        """The power law as an additive logit bias, -a_h log(1 + r): (H, T, S), float32 under autocast, too."""
+        first, last = self.block_size - S, self.block_size + T - 1
+        rows = self.minus_log[first:last].unfold(0, S, 1).flip(0)                    # (T, S): the last query reads from
+        return self.log_a.exp()[:, None, None] * rows                             # `first` on, the others from later on
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +113,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(C, H * (d_query or D), bias=False)
         self.out = nn.Linear(C, C, bias=False)
         self.rotary = Rotary(d_rotary or D, config.block_size) if config.pos == "rope" else None
-        self.decay = Decay(H) if config.pos == "agf" else None
+        self.decay = Decay(H, config.block_size) if config.pos == "agf" else None
 
     def forward(self, x, start=0, cache=None):
         q, memory = self.query(x, start), self.write(x, start)
@@ -108,72 +129,73 @@ class Attention(nn.Module):
         return self.attend(*self.read(q, memory))
 
     def attend(self, q, k, v, score=None):
-        """softmax(scale q k^T + score) v over the keys that a query may see.
+        """softmax(scale q k^T + score + decay) v over the keys that a query may see.
 
-        q (B, T, H, *), k and v (B, S, G, *) where G divides H, score (B, H, T, S); returns (B, T, H, width of v).
-        Query t stands at absolute position S - T + t and sees the keys up to there."""
-        T, S, G = q.size(1), k.size(1), k.size(2)
+        q (B, T, H, *), k and v (B, S, G, *), score (B, H, 1, S) only where T = 1 < S; returns (B, T, H, width of v).
+        Query t stands at position S - T + t and sees the keys up to there. Under autocast, score and decay stay in
+        float32."""
+        T, S, G, width = q.size(1), k.size(1), k.size(2), v.size(-1)
+        bias = score
         if self.decay is not None:
-            decay = self.decay(T, S).type_as(q)                                      # (1, H, T, S)
-            score = decay if score is None else score + decay
-        # SDPA aligns its own mask to the first key: right only if T == S. (torch.compile may make a symbol of `1 < T == S`
-        # where T varies, but not of an `if`, and SDPA takes no symbol.)
-        is_causal = True if score is None and 1 < T == S else False
-        if T > 1 and not is_causal:
+            bias = self.decay(T, S) if score is None else score + self.decay(T, S)   # (H, T, S) or (B, H, T, S)
+        if T == 1 < S:
+            return self.attend_once(q, k, v, bias)
+        # SDPA's own mask is right only if T == S. (It takes no symbol for it, which torch.compile makes of `T == S`.)
+        is_causal = True if bias is None and T == S else False
+        if not is_causal:
             future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-            score = (q.new_zeros(T, S) if score is None else score).masked_fill(future, -math.inf)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                             # (B, heads, tokens, width)
-        if T == 1:
-            # H/G query heads ask a key head for one token: as good as one head asking for H/G tokens, all of which see all S.
-            # SDPA then need not copy the key for every head, as enable_gqa does on a CPU.
-            q = q.unflatten(1, (G, -1)).squeeze(3)                                   # (B, H, 1, *) -> (B, G, H/G, *)
-            score = None if score is None else score.unflatten(1, (G, -1)).squeeze(3)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=score, is_causal=is_causal, dropout_p=self.p_dropout if self.training else 0.0,
-            scale=self.scale, enable_gqa=q.size(1) != G)
-        return y.reshape(-1, self.n_head, T, v.size(-1)).transpose(1, 2)
+            bias = (q.new_zeros(T, S) if bias is None else bias).masked_fill(future, -math.inf)
+            q, k, v = (x.type_as(bias) for x in (q, k, v))
+        if width < k.size(-1):
+            v = F.pad(v, (0, k.size(-1) - width))                                   # SDPA is fast for equal widths only
+        with torch.autocast(q.device.type, enabled=False):
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias, is_causal=is_causal,
+                dropout_p=self.p_dropout if self.training else 0.0, scale=self.scale, enable_gqa=G != self.n_head)
+        return y[..., :width].transpose(1, 2)
 
-    def weights(self, x):
-        """The weights (B, H, T, T) by which the tokens x (B, T, C) attend to each other: with the identity for values,
-        the output of attention is its weights."""
-        q, k, v, *score = self.read(self.query(x, 0), self.write(x, 0))
-        identity = torch.eye(x.size(1)).type_as(v)[None, :, None].expand(len(v), -1, v.size(2), -1)        # (B, T, G, T)
-        return self.attend(q, k, identity, *score).transpose(1, 2)
+    def attend_once(self, q, k, v, bias):
+        """`attend` for the one query of a decoding step, which sees all keys. The H / G query heads that share a key
+        head become H / G queries of one head: then no key has to be copied for each of them."""
+        q = q.view(len(q), k.size(2), -1, q.size(-1))                                # (B, 1, H, *) -> (B, G, H/G, *)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)                                  # (B, G, S, *)
+        if bias is not None:
+            bias = bias.reshape(-1, *q.shape[1:3], k.size(2))                     # (B or 1, H, 1, S) -> (.., G, H/G, S)
+        if k.size(1) > 1 and (bias is None or bias.dtype == q.dtype):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        else:                                      # SDPA would give a head to one thread, and round a float32 bias
+            scores = (k @ (self.scale * q).mT).mT                                    # (B, G, H/G, S)
+            y = (scores if bias is None else scores + bias).softmax(-1) @ v
+        return y.flatten(1, 2)[:, None]                                              # (B, 1, H, *)
 
     def heads(self, x):
-        return x.unflatten(-1, (-1, self.d_head))                                    # (B, T, H D) -> (B, T, H, D)
+        return x.view(*x.shape[:-1], -1, self.d_head)                                # (B, T, H D) -> (B, T, H, D)
 
-    def rotate(self, x, start):
-        return x if self.rotary is None else self.rotary(x, start)
+    def rotate(self, x, start, turn=1):
+        return x if self.rotary is None else self.rotary(x, start, turn)
 
 
 class QKV(Attention):
-    """Multi-head attention (arXiv:1706.03762): every head has a key and a value of its own."""
+    """Multi-head attention (arXiv:1706.03762): every head has a key and a value of its own. Or, if G < H, grouped-query
+    attention (arXiv:2305.13245), where H / G query heads share one; G = 1 is MQA."""
 
-    def __init__(self, config, n_kv_head=None):
+    def __init__(self, config):
         super().__init__(config)
-        width = (n_kv_head or self.n_head) * self.d_head
-        self.k = nn.Linear(config.n_embd, width, bias=False)
-        self.v = nn.Linear(config.n_embd, width, bias=False)
+        self.k = nn.Linear(config.n_embd, config.n_kv_head * self.d_head, bias=False)
+        self.v = nn.Linear(config.n_embd, config.n_kv_head * self.d_head, bias=False)
 
     def write(self, x, start):
-        return self.rotate(self.heads(self.k(x)), start), self.heads(self.v(x))     # 2 x (B, T, G, D)
+        return self.rotate(self.heads(self.k(x)), start), self.heads(self.v(x))      # 2 x (B, T, G, D)
 
     def read(self, q, memory):
         return q, *memory
 
 
-class GQA(QKV):
-    """Grouped-query attention (arXiv:2305.13245): H / G query heads share one key and value head. G = 1 is MQA."""
-
-    def __init__(self, config):
-        super().__init__(config, config.n_kv_head)
-
-
 class MLA(Attention):
-    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, eq. 9-19): keys and values of all heads are read from
-    one small latent c. When decoding, up_k folds into the query and up_v into the output, and attention runs straight over
-    the latents. RoPE on the keys would forbid that, so position gets a key r of its own, which the heads share."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, eq. 9-11 and 14-19): keys and values of all heads are
+    read from one small latent c, which is normalised. Queries are not compressed, as in DeepSeek-V2-Lite. In decoding,
+    up_k folds into the query and up_v into the output, and attention runs straight over the latents. RoPE on the keys
+    would forbid that, so position gets a key r of its own, which the heads share."""
 
     def __init__(self, config):
         D, L, R = config.n_embd // config.n_head, config.d_latent, config.d_rope if config.pos == "rope" else 0
@@ -185,17 +207,18 @@ class MLA(Attention):
 
     def query(self, x, start):
         q, q_r = self.q(x).unflatten(-1, (self.n_head, -1)).tensor_split([self.d_head], dim=-1)
-        return torch.cat([q, self.rotate(q_r, start)], dim=-1)                       # (B, T, H, D + R)
+        if start > 0:                              # few queries, many memories: fold, q . up_k(c) = up_k^T(q) . c
+            q = per_head(self.up_k, q)
+        return torch.cat([q, self.rotate(q_r, start)], dim=-1)                       # (B, T, H, D + R or L + R)
 
     def write(self, x, start):
         c, r = self.down(x)[:, :, None].split(self.widths, dim=-1)
+        c = F.rms_norm(c, c.shape[-1:], eps=1e-6)                               # without a gain: up_k and up_v have one
         return (torch.cat([c, self.rotate(r, start)], dim=-1),)                      # (B, T, 1, L + R)
 
     def read(self, q, memory):
-        if has_past(q, memory):                    # q . up_k(c) = up_k^T(q) . c: the memory is the one head's key and value
-            q, q_r = q.tensor_split([self.d_head], dim=-1)
-            q = torch.einsum("bthd,hld->bthl", q, self.up_k)
-            return torch.cat([q, q_r], dim=-1), *memory, *memory                     # (B, T, H, L + R), (B, S, 1, L + R)
+        if q.size(1) < memory[0].size(1):                                            # folded: one head's key and value
+            return q, *memory, *memory
         c, r = memory[0].split(self.widths, dim=-1)                                  # (B, S, 1, L), (B, S, 1, R)
         k = torch.einsum("bsl,hld->bshd", c[:, :, 0], self.up_k)
         v = torch.einsum("bsl,hld->bshd", c[:, :, 0], self.up_v)
@@ -203,132 +226,132 @@ class MLA(Attention):
 
     def mix(self, q, memory):
         y = super().mix(q, memory)
-        if has_past(q, memory):                    # y is a mean of memories [c ; r]; the mean of up_v(c) is up_v of the mean
-            y = torch.einsum("bthl,hld->bthd", y[..., : self.widths[0]], self.up_v)
+        if q.size(1) < memory[0].size(1):          # y is a mean of [c; r], and the mean of up_v(c) is up_v of c's mean
+            y = per_head(self.up_v.mT, y[..., : self.widths[0]])
         return y                                                                     # (B, T, H, D)
 
 
 class QV(Attention):
-    """Attention without keys (arXiv:2603.15665): softmax(Q V^T / sqrt(D)) V. What a token is remembered for is also what
-    it is found by. It stays unrotated as a value, so under RoPE the copy that is scored is rotated when read."""
+    """Attention without keys (arXiv:2603.15665): softmax(Q V^T / sqrt(D)) V. A token is found by what it is remembered
+    for. With G < H, a value serves several heads (Grouped-Tied Attention, arXiv:2505.21487).
 
-    kernel = None                                                                    # kernel.py, if GPT.use_kernel was called
+    Under RoPE a value is rotated once, when it is written, and the answer is turned back by the query's position i:
 
-    def __init__(self, config, **widths):
-        super().__init__(config, **widths)
-        self.v = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        score  (R_i q_i) . (R_j v_j) = q_i . R_(j-i) v_j,      answer  R_i^T sum_j p_ij R_j v_j = sum_j p_ij R_(j-i) v_j
+
+    So all depends on distances alone, and one memory still serves as key and as value. The price: a value arrives
+    turned by its distance; position is not kept out of it, as it is under agf."""
+
+    kernel, d_ctx = None, 0                                                    # kernel.py, if GPT.use_kernel says so
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.v = nn.Linear(config.n_embd, config.n_kv_head * self.d_head, bias=False)
 
     def write(self, x, start):
-        return (self.heads(self.v(x)),)                                              # (B, T, H, D)
+        return (self.rotate(self.heads(self.v(x)), start),)                          # (B, T, G, D)
 
     def read(self, q, memory):
-        (v,) = memory
-        return q, self.rotate(v, 0), v
+        return q, *memory, *memory
 
     def mix(self, q, memory):
-        return super().mix(q, memory) if self.kernel is None else self.fused(q, *memory)
+        y = super().mix(q, memory) if self.kernel is None else self.fused(q, *memory)
+        return self.rotate(y, memory[0].size(1) - q.size(1), turn=-1)                # (B, T, H, D)
 
-    def fused(self, q, v, q_ctx=None, ctx=None):
-        """`mix` by kernel.py, which loads each value once, as key and as value. Raises ValueError for what it cannot do."""
-        if self.rotary is not None and ctx is None:
-            raise ValueError("pos='rope' scores a rotated copy of QV's values, and the fused kernel has no copy; take agf or learned")
-        if self.training and self.p_dropout:
-            raise ValueError(f"dropout={self.p_dropout} of attention weights is not in the fused kernel; train with dropout=0")
-        decay = None if self.decay is None else self.decay.log_a.exp()               # (H,)
+    def fused(self, q, v, ctx=None):
+        """What `attend` computes, by kernel.py, which loads each value once, as key and as value."""
+        q_ctx, q = (None, q) if ctx is None else q.tensor_split([self.d_ctx], dim=-1)
+        inputs = q, v, q_ctx, ctx, None if self.decay is None else self.decay.log_a.exp()
         if q.size(1) > 1 or torch.is_grad_enabled():
-            return self.kernel.qv_attention(q, v, q_ctx, ctx, decay)                 # (B, T, H, D)
-        lengths = q.new_full(q.shape[:1], v.size(1), dtype=torch.int32)              # (B,): all remember S tokens
-        return self.kernel.qv_decode(q, v, q_ctx, ctx, decay, lengths)               # (B, 1, H, D)
+            return self.kernel.qv_attention(*inputs)
+        return self.kernel.qv_decode(*inputs, q.new_full(q.shape[:1], v.size(1), dtype=torch.int32))   # all remember S
 
 
 class QVKa(QV):
-    """QV-Ka, "Key-after-value & ctx" (arXiv:2603.15665): K = [G ; V] W_K, made from the values and from one small context
-    vector per token, G = x W_ctx, which the heads share. Because the key is linear in the memory,
+    """QV-Ka, "Key-after-value & ctx" (arXiv:2603.15665): K = [G ; V] W_K, made from the values and from one small
+    context vector per token, G = x W_ctx, which the heads share. Because the key is linear in the memory,
 
         q . k_j  =  q . W_K^T [g_j ; v_j]  =  (W_K q) . [g_j ; v_j]  =  q_ctx . g_j  +  q_v . v_j,
 
-    it never has to exist: QV-Ka is QV plus a score from the context. RoPE turns g and q_ctx: position lives in the
-    context, meaning in the value."""
+    it never has to be remembered: QV-Ka is QV plus a score from the context. Under RoPE, g and v are rotated when they
+    are written and both halves of W_K q when they ask; the answer is turned back, as in QV."""
 
     def __init__(self, config):
-        super().__init__(config, d_rotary=config.d_ctx)
-        self.widths = config.d_ctx, self.d_head                                      # E, D
+        super().__init__(config)
+        self.d_ctx = config.d_ctx
         self.ctx = nn.Linear(config.n_embd, config.d_ctx, bias=False)
         n_wk = 1 if config.shared_wk else config.n_head
-        self.w_k = nn.Parameter(torch.empty(n_wk, sum(self.widths), self.d_head))
+        self.w_k = nn.Parameter(torch.empty(n_wk, config.d_ctx + self.d_head, self.d_head))
 
     def query(self, x, start):
-        return self.heads(self.q(x))                                                 # rotated in `read`, once folded
+        """q (B, T, H, D), which asks for keys; or, where none are made, W_K q = [q_ctx ; q_v] (B, T, H, E + D)."""
+        q = self.heads(self.q(x))
+        if start == 0 and self.rotary is None and self.kernel is None:
+            return q
+        return self.rotate_pieces(per_head(self.w_k, q), start)
 
     def write(self, x, start):
-        ctx = self.rotate(self.ctx(x)[:, :, None], start).squeeze(2)
-        return *super().write(x, start), ctx                                         # (B, T, H, D), (B, T, E)
+        if self.rotary is None:
+            return self.heads(self.v(x)), self.ctx(x)                                # (B, T, G, D), (B, T, E)
+        row = self.rotate_pieces(torch.cat([self.ctx(x), self.v(x)], dim=-1), start)
+        return self.heads(row[..., self.d_ctx :]), row[..., : self.d_ctx]
+
+    def rotate_pieces(self, x, start):
+        """Rotates x (B, T, .., n D) in pieces of width D: under RoPE, a context is E / D more heads."""
+        return x if self.rotary is None else self.rotary(x.reshape(*x.shape[:2], -1, self.d_head), start).view(x.shape)
 
     def read(self, q, memory):
-        v, ctx = memory                                                              # (B, S, H, D), (B, S, E)
-        if self.rotary is None and not has_past(q, memory):                          # training: K by one matmul, used T times,
-            w_ctx, w_v = self.w_k.expand(self.n_head, -1, -1).split(self.widths, dim=1)          # (H, E, D), (H, D, D)
-            k = torch.einsum("bse,hed->bshd", ctx, w_ctx) + torch.einsum("bshc,hcd->bshd", v, w_v)
-            return q, k, v                                                           # costs less than T wider scores
-        q_v, q_ctx = self.fold(q, ctx)
-        score = self.scale * q_ctx.flatten(1, 2) @ ctx.mT                            # (B, T H, S)
-        return q_v, v, v, score.unflatten(1, (-1, self.n_head)).transpose(1, 2)
-
-    def fold(self, q, ctx):
-        """W_K q: q_v (B, T, H, D), which asks for values, and q_ctx (B, T, H, E), which asks for contexts."""
-        folded = torch.einsum("bthd,hcd->bthc", q, self.w_k)                         # (B, T, H, E + D)
-        q_ctx, q_v = folded.split(self.widths, dim=-1)
-        return q_v, self.rotate(q_ctx, ctx.size(1) - q.size(1))
-
-    def fused(self, q, v, ctx):
-        q_v, q_ctx = self.fold(q, ctx)
-        return super().fused(q_v, v, q_ctx, ctx)
+        v, g = memory
+        G, H = v.size(2), self.n_head
+        if q.size(-1) == self.d_head:              # training: K by one matmul costs less than T scores that are wider
+            w_g, w_v = self.w_k.expand(H, -1, -1).tensor_split([self.d_ctx], dim=1)  # (H, E, D), (H, D, D)
+            k_v = torch.einsum("bsgc,ghcd->bsghd", v, w_v.unflatten(0, (G, -1)))     # (B, S, G, H/G, D)
+            k = torch.einsum("bse,hed->bshd", g, w_g) + k_v.flatten(2, 3)
+            return q, k, v.repeat_interleave(H // G, dim=2)                          # (B, S, H, D)
+        if q.size(1) > 1:                          # many queries: [g; v] is a key
+            return q, torch.cat([g[:, :, None].expand(-1, -1, G, -1), v], dim=-1), v # (B, S, G, E + D), (B, S, G, D)
+        q_ctx, q_v = q.tensor_split([self.d_ctx], dim=-1)                            # one: v is, and g adds a score
+        score = exact_product(g, self.scale * q_ctx[:, 0].mT).mT                     # (B, H, S)
+        return q_v, v, v, score[:, :, None]
 
 
-def has_past(q, memory):
-    """Whether tokens before the new ones are remembered. Then, as a rule, the queries are few, and it is cheaper to fold
-    up-projections into them than to apply them to all S memories."""
-    return q.size(1) < memory[0].size(1)
+def per_head(w, x):
+    """Each head's matrix times its vector: w (H or 1, m, n), x (B, T, H, n) to (B, T, H, m)."""
+    y = x.flatten(0, 1).transpose(0, 1) @ w.mT                                       # (H, B T, m)
+    return y.transpose(0, 1).view(*x.shape[:3], -1)
 
 
-ATTENTIONS = {"qkv": QKV, "gqa": GQA, "mla": MLA, "qv": QV, "qv_ka": QVKa}
-POSITIONS = ("learned", "rope", "agf")
+def exact_product(x, y):
+    """x y, in float32 also where autocast takes less."""
+    if x.dtype.itemsize >= 4:
+        return x @ y
+    with torch.autocast(x.device.type, enabled=False):
+        return x.float() @ y.float()
+
+
+ATTENTIONS = {"qkv": QKV, "gqa": QKV, "mla": MLA, "qv": QV, "qv_ka": QVKa}
+POSITIONS = ("learned", "sinusoidal", "rope", "agf")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The KV cache: it stores whatever `write` returns and knows no variant.
 
 
-class LayerCache:
-    """One layer's memory: buffers of block_size tokens, made when the first tokens arrive."""
+class Cache:
+    """One layer's memory: `length` tokens so far, in buffers of `nbytes` bytes for block_size of them."""
 
     def __init__(self, block_size):
-        self.block_size, self.length, self.buffers = block_size, 0, ()
+        self.block_size, self.length, self.nbytes, self.buffers = block_size, 0, 0, ()
 
     def append(self, memory):
         """Stores the T new tokens' memory, a tuple of (B, T, ...); returns that of all S, as views (B, S, ...)."""
         start, self.length = self.length, self.length + memory[0].size(1)
         if not self.buffers:
             self.buffers = tuple(m.new_empty(m.size(0), self.block_size, *m.shape[2:]) for m in memory)
+            self.nbytes = sum(buffer.nbytes for buffer in self.buffers)
         for buffer, m in zip(self.buffers, memory):
             buffer[:, start : self.length] = m
         return tuple(buffer[:, : self.length] for buffer in self.buffers)
-
-
-class Cache:
-    """What generation remembers: `length` tokens so far, in buffers of `nbytes` bytes for `block_size` of them."""
-
-    def __init__(self, n_layer, block_size):
-        self.layers = [LayerCache(block_size) for _ in range(n_layer)]
-        self.block_size = block_size
-
-    @property
-    def length(self):
-        return self.layers[0].length
-
-    @property
-    def nbytes(self):
-        return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,8 +359,8 @@ class Cache:
 
 
 def option(default, help, choices=None, only=None):
-    """A configuration field that explains itself: the help text is both its comment and what --help prints. `only` says with
-    which values of other fields this one counts: {"attention": ("gqa", "mine")}."""
+    """A configuration field that explains itself: the help text is both its comment and what --help prints. `only` says
+    with which values of other fields it counts, for example {"attention": ("qv_ka", "mine")}."""
     help = f"{' under '.join('/'.join(values) for values in only.values())}: {help}" if only else help
     return field(default=default, metadata={"help": help, "choices": choices, "only": only or {}})
 
@@ -348,17 +371,21 @@ class GPTConfig:
     (field, value, rule, a value that works) where the fields do not fit together."""
 
     attention: str = option("qv_ka", "what a token leaves behind for later ones to attend to", ATTENTIONS)
-    pos: str = option("agf", "positions: a learned table (GPT-2), rotary, or agf: a learned power law of distance", POSITIONS)
+    pos: str = option("agf", "positions: a learned table (GPT-2), a table of sinusoids, rotary, or agf: a learned "
+                      "power law of distance", POSITIONS)
     block_size: int = option(256, "context: how many tokens the model sees at once")
     vocab_size: int = option(65, "number of different tokens")
     n_layer: int = option(6, "number of blocks")
     n_head: int = option(6, "attention heads in each block")
     n_embd: int = option(384, "width of the residual stream; the heads share it equally")
     dropout: float = option(0.0, "fraction of activations dropped in training")
-    n_kv_head: int | None = option(None, "key/value heads, 1 is MQA (default: half the heads, so as much cache as qv)", only=dict(attention=("gqa",)))
-    d_latent: int | None = option(None, "width of the latent (default: 4 x head width, as in DeepSeek-V2)", only=dict(attention=("mla",)))
-    d_rope: int | None = option(None, "width of the rotary key (default: half the head width, likewise)", only=dict(attention=("mla",), pos=("rope",)))
-    d_ctx: int | None = option(None, "width of the context vector (default: 2 x head width)", only=dict(attention=("qv_ka",)))
+    n_kv_head: int | None = option(None, "heads of keys or values, a divisor of n_head; 1 is MQA, or one value for "
+                                   "all (default: n_head; for gqa half of it, or 1 if it is odd)",
+                                   only=dict(attention=("gqa", "qv", "qv_ka")))
+    d_latent: int | None = option(None, "width of the latent (default: 4 x head width)", only=dict(attention=("mla",)))
+    d_rope: int | None = option(None, "width of the rotary key (default: half the head width)",
+                                only=dict(attention=("mla",), pos=("rope",)))
+    d_ctx: int | None = option(None, "width of the context (default: 2 x head width)", only=dict(attention=("qv_ka",)))
     shared_wk: bool = option(False, "one W_K for all heads instead of one each", only=dict(attention=("qv_ka",)))
     n_inner: int | None = option(None, "width of the MLP (default: 4 x n_embd)")
 
@@ -372,31 +399,20 @@ class GPTConfig:
         for name in "block_size", "vocab_size", "n_layer", "n_head", "n_embd":
             check(getattr(self, name) >= 1, name, "must be at least 1")
         check(0 <= self.dropout < 1, "dropout", "must lie in [0, 1), for example 0.1")
-        H = self.n_head
-        check(self.n_embd % H == 0, "n_embd", f"must be a multiple of n_head={H}, for example {-(-self.n_embd // H) * H}")
-        D = self.n_embd // H
-        derived = dict(n_kv_head=H // 2 if H % 2 == 0 else 1, d_latent=4 * D, d_rope=max(2, D // 4 * 2), d_ctx=2 * D,
-                       n_inner=4 * self.n_embd)
+        C, H = self.n_embd, self.n_head
+        check(C % H == 0, "n_embd", f"must be a multiple of n_head={H}, for example {-(-C // H) * H}")
+        D, half = C // H, H // 2 if H % 2 == 0 else 1
+        derived = dict(n_kv_head=half if self.attention == "gqa" else H, d_latent=4 * D, d_rope=max(2, D // 4 * 2),
+                       d_ctx=2 * D, n_inner=4 * C)
         for name, default in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
             check(getattr(self, name) >= 1, name, f"must be at least 1, for example {default}")
         check(H % self.n_kv_head == 0, "n_kv_head", f"must divide n_head={H}, for example {derived['n_kv_head']}")
         if self.pos == "rope":
-            check(D % 2 == 0, "n_embd", f"gives heads of odd width {D}, but rope turns pairs; take {2 * H * -(-D // 2)}")
-            for name in "d_rope", "d_ctx":
-                check(getattr(self, name) % 2 == 0, name, f"must be even under rope, for example {derived[name]}")
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.up = nn.Linear(config.n_embd, config.n_inner, bias=False)
-        self.out = nn.Linear(config.n_inner, config.n_embd, bias=False)
-        self.p_dropout = config.dropout
-
-    def forward(self, x):
-        return F.dropout(self.out(F.gelu(self.up(x), approximate="tanh")), self.p_dropout, self.training)
+            check(D % 2 == 0, "n_embd", f"gives heads of odd width {D}, but rope turns pairs; take {H * (D + 1)}")
+            check(self.d_rope % 2 == 0, "d_rope", f"must be even under rope, for example {derived['d_rope']}")
+            check(self.d_ctx % D == 0, "d_ctx", f"must be a multiple of the head width {D} under rope, such as {2 * D}")
 
 
 class Block(nn.Module):
@@ -405,7 +421,9 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=False)
         self.attention = ATTENTIONS[config.attention](config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=False)
-        self.mlp = MLP(config)
+        self.mlp = nn.Sequential(OrderedDict(
+            up=nn.Linear(config.n_embd, config.n_inner, bias=False), gelu=nn.GELU(approximate="tanh"),
+            out=nn.Linear(config.n_inner, config.n_embd, bias=False), dropout=nn.Dropout(config.dropout)))
 
     def forward(self, x, start, cache):
         x = x + self.attention(self.ln_1(x), start, cache)
@@ -418,17 +436,19 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.pos == "learned" else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
+        with NaNForEmpty():
+            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            table = {"learned": nn.Embedding, "sinusoidal": Sinusoids}.get(config.pos)
+            self.wpe = table and table(config.block_size, config.n_embd)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
         for name, parameter in self.named_parameters():
             self.init(name, parameter)
 
     def init(self, name, parameter):
-        """Matrices keep the scale of what they multiply, std 1/sqrt(fan_in), so a K or V made in two steps starts as large
-        as one made in one; those that add to the residual stream start smaller, as in GPT-2. Embeddings, tied to the
-        output, start with logits of std 0.3: a loss within 0.1 of ln(V). Vectors keep the values that their module gave."""
+        """Matrices keep the scale of what they multiply, std 1/sqrt(fan_in), so a K or V made in two steps starts as
+        large as one made in one; those that add to the residual stream start smaller, as in GPT-2. Embeddings, tied to
+        the output, start with logits of std 0.3: a loss within 0.1 of ln(V). Vectors keep what their module gave."""
         if parameter.dim() > 1:                            # (V, C), (fan_out, fan_in), or per head (H, fan_in, fan_out)
             std = parameter.size(1) ** -0.5
             if name.startswith("w"):                                                 # wte, wpe
@@ -436,6 +456,8 @@ class GPT(nn.Module):
             if name.endswith("out.weight"):
                 std /= math.sqrt(2 * self.config.n_layer)
             nn.init.normal_(parameter, std=std)
+        elif parameter.isnan().any():
+            raise UserError(f"{name} has no values: only matrices are drawn, so make it of torch.zeros or the like")
 
     def forward(self, idx, targets=None, cache=None):
         """Next-token logits and loss.
@@ -443,7 +465,7 @@ class GPT(nn.Module):
         idx (B, T) int64; with a cache, the T tokens after those that it holds. With targets (B, T) int64: logits
         (B, T, V) and the mean cross-entropy in nats. Without: logits of the last position only, (B, 1, V), and None.
         Raises ValueError where the tokens outgrow the context."""
-        start = 0 if cache is None else cache.length
+        start = 0 if cache is None else cache[0].length
         T, block_size = idx.size(1), self.config.block_size
         if start + T > block_size:
             raise ValueError(f"{start} + {T} tokens are more than the context of block_size={block_size}; crop them")
@@ -452,76 +474,21 @@ class GPT(nn.Module):
             x = x + self.wpe.weight[start : start + T]
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.blocks):
-            x = block(x, start, None if cache is None else cache.layers[i])
+            x = block(x, start, None if cache is None else cache[i])
         if targets is None:
             x = x[:, -1:]
         logits = F.linear(self.ln_f(x), self.wte.weight)                             # (B, T or 1, V): tied embeddings
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
-    def use_kernel(self, name, context):
-        """Lets QV or QV-Ka attend by kernel.py where `name` is triton; returns what is used, torch or triton (auto is torch:
-        no GPU has measured yet where the kernel is faster). Raises UserError where a trial in that autocast context fails."""
-        if name != "triton":
-            return "torch"
-        device = self.wte.weight.device
-        try:
-            kernel = import_module("kernel")
-            if device.type != "cuda" and not kernel.INTERPRETED:
-                raise ValueError(f"it needs a CUDA GPU, and this is {device}")
-            if not isinstance(self.blocks[0].attention, QV):
-                raise ValueError(f"attention={self.config.attention!r} has keys; the fused kernel is for qv and qv_ka")
-            for block in self.blocks:
-                block.attention.kernel = kernel
-            with torch.no_grad(), context:
-                self(torch.zeros(1, min(2, self.config.block_size), dtype=torch.int64, device=device))
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"--kernel=triton cannot be used here: {reason(error)}; or take --kernel=torch") from None
-        return "triton"
-
-    @classmethod
-    def load(cls, path, device="cpu"):
-        """The model of a checkpoint file, on the device, and the checkpoint itself: a dict as CHECKPOINT lists it. Raises
-        UserError where there is none, or one that is damaged, older, or of another model.py."""
-        path = Path(path)
-        if not path.is_file():
-            runs = sorted(str(run.parent) for run in path.parent.rglob("last.pt"))
-            raise UserError(f"there is no checkpoint {path}; --out takes the folder of a run that train.py has made"
-                            + (f", for example {runs[0]}" if runs else ""))
-        try:
-            with zipfile.ZipFile(path) as archive:                                   # torch.load looks at no checksum
-                if name := archive.testzip():
-                    raise ValueError(f"{name} in it is not what was written")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-                raise ValueError(f"its format is not {CHECKPOINT_FORMAT}")
-            if wrong := [key for key, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(key), kind)]:
-                raise ValueError(f"{', '.join(wrong)} in it cannot be used")
-            model = cls(GPTConfig(**checkpoint["model_config"]))
-            model.load_state_dict(checkpoint["model"])
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({reason(error)}); mend that and try again") from None
-        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged, or of another model.py ({reason(error)}); copy the other of last.pt and "
-                            "best.pt over it, or train again") from None
-        return model.to(device), checkpoint
-
     def new_cache(self):
-        return Cache(self.config.n_layer, self.config.block_size)
+        return [Cache(self.config.block_size) for _ in self.blocks]
 
-    @torch.no_grad()
-    def cache_bytes(self):
-        """Bytes of the cache's buffers, for a whole context and for one token of it: measured, in the autocast context at hand."""
-        cache = self.new_cache()
-        self(torch.zeros(1, 1, dtype=torch.int64, device=self.wte.weight.device), cache=cache)
-        return cache.nbytes, cache.nbytes // cache.block_size
-
-    @torch.no_grad()                     # not inference_mode: there autocast would convert every weight anew for every token
+    @torch.no_grad()             # not inference_mode: there autocast would convert every weight anew for every token
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
-        """Yields max_new_tokens tokens (B, 1), one at a time, that continue idx (B, T >= 1). Call eval() first, for dropout.
-
-        temperature 0 takes the likeliest token; top_k leaves only the k likeliest to be drawn. When the context is full
-        its last half is read again and generation goes on from there, with a cache and without."""
+        """Yields max_new_tokens tokens (B, 1), one at a time, that continue idx (B, T >= 1). Call eval() first, for
+        dropout. temperature 0 takes the likeliest token; top_k leaves only the k likeliest to be drawn. When the
+        context is full its last half is read again and generation goes on from there, with a cache and without."""
         window, block_size = idx, self.config.block_size
         cache, unread = None, window
         for _ in range(max_new_tokens):
@@ -534,6 +501,71 @@ class GPT(nn.Module):
             yield token
             window, unread = torch.cat([window, token], dim=1), token
 
+    @torch.no_grad()
+    def cache_bytes(self):
+        """Bytes of the cache for a whole context, and for a token of it: measured, in the autocast context at hand."""
+        cache = self.new_cache()
+        self(torch.zeros(1, 1, dtype=torch.int64, device=self.wte.weight.device), cache=cache)
+        nbytes = sum(layer.nbytes for layer in cache)
+        return nbytes, nbytes // self.config.block_size
+
+    def use_kernel(self, name, context):
+        """Has QV or QV-Ka attend by kernel.py if `name` is triton, after a trial in that autocast context; returns what is
+        used, torch or triton. auto is torch: no GPU has measured yet where the kernel is faster. Raises UserError."""
+        if name != "triton":
+            return "torch"
+        import kernel
+        config, attention = self.config, self.blocks[0].attention
+        try:
+            if not isinstance(attention, QV) or self.training and config.dropout:
+                raise UserError("it is for qv and qv_ka, and has no dropout in training")
+            with torch.no_grad(), context:
+                q = attention.q(self.wte.weight[:1])                                 # has the dtype that products have
+            kernel.trial(config.block_size, config.n_head, config.n_kv_head, attention.d_head, attention.d_ctx,
+                         attention.decay is not None, q.dtype, q.device, self.training)
+        except UserError as error:
+            raise UserError(f"--kernel=triton cannot be used here: {error}; take --kernel=torch") from None
+        for block in self.blocks:
+            block.attention.kernel = kernel
+        return name
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """The model of a checkpoint file, on the device, and the checkpoint itself: a dict of what CHECKPOINT lists.
+        Raises UserError where there is none, or one that is damaged, older, or of another model.py."""
+        if not Path(path).is_file():
+            raise UserError(f"there is no checkpoint {path}; --out takes the folder of a run that train.py has made")
+        try:
+            with zipfile.ZipFile(path) as archive:                                   # torch.load looks at no checksum
+                if name := archive.testzip():
+                    raise ValueError(f"{name} in it is not what was written")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+                raise ValueError("it was written by older code, whose models compute something else")
+            if wrong := [key for key, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(key), kind)]:
+                raise ValueError(f"{', '.join(wrong)} in it cannot be used")
+            model = cls(GPTConfig(**checkpoint["model_config"]))
+            model.load_state_dict(checkpoint["model"])
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({reason(error)}); mend that and try again") from None
+        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged, or of another model.py ({reason(error)}); copy the other of last.pt "
+                            "and best.pt over it, or train again") from None
+        return model.to(device), checkpoint
+
+
+CHECKPOINT_FORMAT = 2                              # goes up when old weights would compute something else
+CHECKPOINT = dict(format=int, model=dict, optimizer=dict, model_config=dict, train_config=dict, tokenizer=dict,
+                  data_sha256=str, step=int, seconds=float, best_val_loss=float, losses=list, log=list)
+
+
+class NaNForEmpty(TorchFunctionMode):
+    """torch.empty gives NaN: so a parameter that nobody gave values is found out."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        return made.fill_(math.nan) if function is torch.empty else made
+
 
 def sample(logits, temperature, top_k):
     """Draws one token (B, 1) for each row of logits (B, V)."""
@@ -542,38 +574,28 @@ def sample(logits, temperature, top_k):
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    logits = logits.float() - logits.max(-1, keepdim=True).values                    # at most 0, whatever it is divided by
+    logits = logits.float() - logits.max(-1, keepdim=True).values                 # at most 0, whatever it is divided by
     return torch.multinomial(torch.softmax(logits / max(temperature, 1e-30), dim=-1), 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What every program needs to run a model: a device, a precision, and what a checkpoint file holds.
-
-
 def choose_device(name):
-    """The torch.device of that name; auto is CUDA or MPS where there is one, else the CPU. Each process of torchrun's has a
-    GPU of its own."""
+    """The torch.device of that name; auto is CUDA or MPS where there is one, else the CPU. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
+    if name == "cuda" and "LOCAL_RANK" in os.environ:                                # a GPU for each of torchrun's processes
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         torch.empty(1, device=name).tolist()
-    except (RuntimeError, AssertionError) as error:                                  # no such backend, or none in this build
-        raise UserError(f"--device={name} cannot be used here ({reason(error)}); take --device=cpu or leave it out") from None
+    except (RuntimeError, AssertionError) as error:                             # no such backend, or none in this build
+        raise UserError(f"--device={name} cannot be used here ({reason(error)}); take --device=cpu") from None
     torch.set_float32_matmul_precision("high")                                       # TF32, where a GPU has it
     return torch.device(name)
 
 
 def autocast(device, dtype):
-    """The context of a forward pass: matrix products in that dtype, all else in float32. auto is bfloat16 where a CUDA device
-    has it, else float32."""
+    """The context of a forward pass: matrix products in that dtype, all else in float32. auto is bfloat16 where a CUDA
+    device has it, else float32."""
     if dtype == "auto":
         bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if bfloat16 else "float32"
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-
-
-CHECKPOINT_FORMAT = 1                 # goes up when old weights would compute something else
-CHECKPOINT = {"format": int, "model": dict, "optimizer": dict, "model_config": dict, "train_config": dict, "tokenizer": dict,
-              "data_sha256": str, "step": int, "seconds": float, "best_val_loss": float, "losses": list, "log": list}

@@ -76,11 +76,17 @@ def stream(tokens, tokenizer):
 
 
 def attention_weights(model, idx):
-    """Every layer's and head's weights over the tokens idx (1, T): (n_layer, H, T, T)."""
+    """Every layer's and head's weights over the tokens idx (1, T): (n_layer, H, T, T). Where values are the rows of the
+    identity, what attention mixes of them is its weights."""
     layers = []
+
+    def watch(attention, inputs):
+        q, k, v = attention.read(attention.query(inputs[0], 0), attention.write(inputs[0], 0))
+        identity = torch.eye(v.size(1)).type_as(v)[None, :, None].expand(-1, -1, v.size(2), -1)          # (1, T, G, T)
+        layers.append(attention.attend(q, k, identity)[0].transpose(0, 1))                               # (H, T, T)
+
     for block in model.blocks:
-        block.attention.register_forward_pre_hook(
-            lambda attention, inputs: layers.append(attention.weights(inputs[0])[0]))
+        block.attention.register_forward_pre_hook(watch)
     with torch.no_grad():
         model(idx)
     return torch.stack(layers).float().cpu()

@@ -1,0 +1,260 @@
+"""What finished runs show: results.md, results.json, results.png and lengths.png, from the records that compare.py
+makes: a dict for each run, with its `attention`, `pos` and `seed`, the `flags` that make it a variant, its
+`best_val_loss`, and so on.
+
+Runs of one seed saw the same batches, so attentions are compared seed by seed: the difference of two losses varies less
+than either. What is said of a mean over seeds is its 95 % interval, in tables and figures alike.
+"""
+
+import json
+import math
+import re
+from dataclasses import fields
+from operator import itemgetter
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from model import ATTENTIONS, POSITIONS, GPTConfig
+from prepare import UserError, write
+
+ONLY = {field.name: field.metadata["only"] for field in fields(GPTConfig)}       # {flag: {other: values that it needs}}
+# Flags by which an attention is unlike qkv, or, by n_inner, as large: qkv, its rival, is without them.
+QKV_LACKS = {*(name for name, only in ONLY.items() if only), "n_inner"}
+
+# A claim; a sum over runs of one seed, and of the positions at hand or those named; on which side of zero it must be;
+# and which number of the records is summed. What the table of claims shows is what is computed.
+CLAIMS = [
+    ("C1: QV is worse than QKV", "qv - qkv", ">", "best_val_loss"),
+    ("C2: QV's gap to QKV is less than half of that with learned positions",
+     "qv - qkv - 0.5 learned qv + 0.5 learned qkv", "<", "best_val_loss"),
+    ("C2: QV's gap to QKV is less than half of that with sinusoidal positions",
+     "qv - qkv - 0.5 sinusoidal qv + 0.5 sinusoidal qkv", "<", "best_val_loss"),
+    ("C3: QV-Ka is better than QV", "qv_ka - qv", "<", "best_val_loss"),
+    ("C3: QV-Ka closes more than half of QV's gap", "qv_ka - 0.5 qv - 0.5 qkv", "<", "best_val_loss"),
+    ("C3: QV-Ka leaves no gap to QKV", "qv_ka - qkv", "<", "best_val_loss"),
+    ("C4: QV-Ka learns faster than QKV at first (training loss, mean of the first fifth)",
+     "qv_ka - qkv", "<", "early_loss"),
+    ("QV is worse than GQA, which remembers as little", "qv - gqa", ">", "best_val_loss"),
+    ("QKV is worse than with rope", "qkv - rope qkv", ">", "best_val_loss"),
+]
+TERM = re.compile(rf"(?:^|([+-]) )([\d.]+ )?(?:({'|'.join(POSITIONS)}) )?(\w+(?: \w+=\S+)*)")
+
+MEANING = """\
+Made by `python tests/compare.py --report` from the results.json beside it.
+
+- A **loss** is the best that a run reached, in nats per token over the whole validation split (preset gpt2: over its
+  first 2,000,000 tokens). A **difference** is taken between runs of one seed, which saw the same batches, and then
+  averaged over the seeds.
+- **±** is half the width of the 95 % interval of a mean over seeds (Student's t), here and in the figures. Two losses
+  whose intervals overlap may still differ clearly: look at their difference.
+- **Bold** is a difference whose interval leaves out zero. Where nothing differs, one in twenty is bold by chance.
+- A claim **holds** if all of the interval is on its side of zero, **does not hold** if all is on the other side, and is
+  **too close to call** if zero is inside.
+- **Bytes** are those of the cache, for one token in all layers. **Tokens/s** are the most of any seed, and rough: they
+  depend on the machine and on what else it did.
+"""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+STUDENT = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+                          2.145, 2.131, 2.120, 2.110, 2.101, 2.093), 2))         # {seeds: Student's t, two-sided, 95 %}
+
+
+def interval(values):
+    """The mean of numbers or arrays, one for each seed, and half the width of its 95 % interval: nan for a single seed,
+    and a little too wide beyond 20."""
+    n, mean = len(values), np.mean(values, 0)
+    error = np.std(values, 0, ddof=1) / math.sqrt(n) if n > 1 else math.nan * mean
+    return mean, STUDENT.get(n, STUDENT[20]) * error
+
+
+def told(values, form=".4f"):
+    """mean ± half width, as text; nothing where there are no values."""
+    if not values:
+        return ""
+    mean, half = interval(values)
+    return f"{mean:{form}}" + ("" if math.isnan(half) else f" ± {half:.4f}")
+
+
+def clear(values):
+    """Whether the interval leaves out zero."""
+    mean, half = interval(values)
+    return abs(mean) > half
+
+
+def difference(values):
+    """The same of a difference, which has a sign, and is bold if it is clear."""
+    text = told(values, "+.4f")
+    return f"**{text}**" if values and clear(values) else text
+
+
+def verdict(values, side):
+    if not clear(values):
+        return "too close to call"
+    return "holds" if (np.mean(values) > 0) == (side == ">") else "does not hold"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and figures
+
+STYLES = {"qkv": ("k", "o"), "gqa": ("#E69F00", "s"), "mla": ("#009E73", "^"), "qv": ("#D55E00", "v"),
+          "qv_ka": ("#0072B2", "D")}                                             # Okabe and Ito's colours, for all eyes
+
+
+def table(head, rows):
+    """A Markdown table; nothing where it would have no rows."""
+    lines = [head, ["---"] * len(head), *rows] if rows else []
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def unique(names):
+    return list(dict.fromkeys(names))
+
+
+def place(run):
+    """Where a run stands in tables and figures; a fork's own attentions and positions come last."""
+    names = [*POSITIONS, *ATTENTIONS, run["pos"], run["attention"]]
+    return names.index(run["pos"]), names.index(run["attention"]), run["attention"], run["flags"]
+
+
+class Comparison:
+    """The finished runs of one preset on one data set: groups[pos, label] = {seed: record}. A label is the attention
+    and those of its flags that not all runs share."""
+
+    def __init__(self, runs):
+        common = set.intersection(*(set(run["flags"]) for run in runs))
+        self.title = ", ".join([f"{runs[0]['preset']} preset", runs[0]["dataset"], *sorted(common)])
+        self.groups = {}
+        for run in sorted(runs, key=place):
+            label = " ".join([run["attention"], *(flag for flag in run["flags"] if flag not in common)])
+            by_length = {int(length): loss for length, loss in run["val_loss_by_length"].items()}
+            self.groups.setdefault((run["pos"], label), {})[run["seed"]] = {**run, **by_length}
+        self.positions, self.labels = (unique(names) for names in zip(*self.groups))
+        self.lengths = sorted({int(length) for run in runs for length in run["val_loss_by_length"]})
+
+    def values(self, formula, pos, name="best_val_loss"):
+        """What a formula, such as qv - qkv, makes of that number of the records, for each seed that all terms have."""
+        terms = [(float(factor or 1) * (-1 if sign == "-" else 1), self.groups.get((there or pos, label), {}))
+                 for sign, factor, there, label in TERM.findall(formula)]
+        seeds = set.intersection(*({seed for seed, run in group.items() if name in run} for _, group in terms))
+        return [sum(weight * np.array(group[seed][name]) for weight, group in terms) for seed in sorted(seeds)]
+
+    def gap(self, pos, label, name="best_val_loss"):
+        """The differences to qkv with the same flags, but for those that make an attention unlike qkv."""
+        attention, *flags = label.split()
+        rival = " ".join(["qkv", *(flag for flag in flags if flag.partition("=")[0] not in QKV_LACKS)])
+        return [] if attention == "qkv" else self.values(f"{label} - {rival}", pos, name)
+
+    def longer(self, pos, label):
+        """{tokens in a window: the losses}, where they were measured."""
+        return {length: losses for length in self.lengths if (losses := self.values(label, pos, length))}
+
+    def claims(self):
+        """A row for each claim that the runs tell of: for each kind of positions, the difference and a verdict."""
+        for claim, formula, side, name in CLAIMS:
+            found = [[] if f" {pos} " in formula else self.values(formula, pos, name) for pos in self.positions]
+            if any(found):
+                cells = (f"{difference(values)} {verdict(values, side)}" if values else "" for values in found)
+                yield claim, f"{formula} {side} 0", *cells
+
+    def markdown(self):
+        """The claims, every group, and the losses in longer windows, as tables."""
+        groups, longer = [], []
+        for (pos, label), runs in self.groups.items():
+            step, *sizes = (f"{np.median([run[name] for run in runs.values()]):,.0f}" for name in (
+                "best_step", "attention_parameters", "parameters", "cache_bytes_per_token"))
+            speed = max(run["tokens_per_second"] for run in runs.values())
+            loss, gap = told(self.values(label, pos)), difference(self.gap(pos, label))
+            groups.append([pos, label, len(runs), loss, gap, step, *sizes, f"{speed:,}"])
+            if losses := self.longer(pos, label):
+                longer.append([pos, label, *(told(losses.get(length)) for length in self.lengths)])
+        tables = (
+            table(["claim", "holds if", *self.positions], list(self.claims())),
+            table(["positions", "attention", "seeds", "loss", "loss - qkv's", "at step", "parameters in attention",
+                   "in all", "cache, bytes/token", "training tokens/s"], groups),
+            table(["positions", "attention", *(f"loss in {n} tokens" for n in self.lengths)], longer))
+        return "\n".join([f"## {self.title}\n", *filter(None, tables)])
+
+    def style(self, label):
+        """Colour and marker tell the attention; hollow markers and broken lines tell its variants."""
+        attention = label.split()[0]
+        number = [other for other in self.labels if other.split()[0] == attention].index(label)
+        colour, marker = STYLES.get(attention, ("0.4", "X"))
+        line = ("-", "--", ":", "-.")[number % 4]
+        return dict(color=colour, marker=marker, markerfacecolor="white" if number else colour, linestyle=line)
+
+    def draw_gaps(self, figure):
+        """Above, the differences to qkv, and each seed's as a faint dot; below, how they develop early in training."""
+        labels = unique(label for pos, label in self.groups if self.gap(pos, label))
+        axes = figure.subplots(2, len(self.positions), sharex="row", sharey="row", squeeze=False,
+                               height_ratios=(len(labels) + 3, 9))
+        for pos, above, below in zip(self.positions, *axes):
+            for row, label in enumerate(labels):
+                if gap := self.gap(pos, label):
+                    (mean, half), style = interval(gap), self.style(label)
+                    above.plot(gap, [row] * len(gap), ".", color=style["color"], alpha=0.35)
+                    above.errorbar(mean, row, xerr=half, capsize=3, **style)
+                if gap and label in ATTENTIONS:
+                    mean, half = interval(self.gap(pos, label, "early_curve"))
+                    steps = (np.arange(len(mean)) + 0.5) / len(mean) * self.values(label, pos, "early_steps")[0]
+                    below.plot(steps, mean, label=label, markevery=4, **style)
+                    below.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.12, lw=0)
+            above.axvline(0, color="k", lw=1)
+            above.set(title=f"{pos} positions", xlabel="loss - qkv's", yticks=range(len(labels)), yticklabels=labels)
+            above.locator_params(axis="x", nbins=5)
+            below.axhline(0, color="k", lw=1)
+            below.set(xlabel="step")
+        above.invert_yaxis()
+        axes[1, 0].set(ylabel="training loss - qkv's")
+
+    def draw_lengths(self, figure):
+        """The losses in windows of several lengths; the points of a label stand a little apart from those of others."""
+        positions = unique(pos for pos, label in self.groups if self.longer(pos, label))
+        for pos, panel in zip(positions, figure.subplots(1, len(positions), squeeze=False)[0]):
+            for number, label in enumerate(self.labels):
+                if (pos, label) in self.groups and (losses := self.longer(pos, label)):
+                    windows = np.array([*losses]) * 1.015 ** (number - len(self.labels) / 2)
+                    means, halves = zip(*map(interval, losses.values()))
+                    panel.errorbar(windows, means, halves, label=label, capsize=3, **self.style(label))
+            panel.set_xscale("log", base=2)
+            panel.set(title=f"{pos} positions (scales differ)", xlabel="tokens in a window", ylabel="loss",
+                      xticks=self.lengths, xticklabels=self.lengths)
+
+
+def draw(path, comparisons, method, height):
+    """Draws comparisons one below the other, each with a legend for its panels; without any, an older picture goes."""
+    if not comparisons:
+        return path.unlink(missing_ok=True)
+    figure = Figure(figsize=(10, height * len(comparisons)), layout="constrained")
+    for comparison, part in zip(comparisons, np.atleast_1d(figure.subfigures(len(comparisons)))):
+        part.suptitle(comparison.title)
+        method(comparison, part)
+        lines = {}
+        for panel in part.axes:
+            panel.grid(alpha=0.3)
+            lines.update(zip(*reversed(panel.get_legend_handles_labels())))
+        if lines:
+            part.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=5)
+    write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def report(records, folder):
+    """Writes results.json, results.md, results.png and lengths.png to `folder`; of several records of a run, the
+    last counts. Raises UserError where there is none."""
+    if not records:
+        raise UserError(f"there is no finished run for {folder}/results.md; train some first: python tests/compare.py")
+    identity = itemgetter("preset", "dataset", "pos", "attention", "seed")
+    runs = {(*identity(run), *run["flags"]): run for run in records}
+    kinds = sorted({key[:2] for key in runs})
+    comparisons = [Comparison([run for key, run in runs.items() if key[:2] == kind]) for kind in kinds]
+    text = "\n".join([MEANING, *(comparison.markdown() for comparison in comparisons)])
+    lines = "[\n" + ",\n".join(json.dumps(run) for run in runs.values()) + "\n]\n"
+    write(folder / "results.json", lambda temporary: temporary.write_text(lines))
+    write(folder / "results.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    compared = [comparison for comparison in comparisons if any(comparison.gap(*group) for group in comparison.groups)]
+    draw(folder / "results.png", compared, Comparison.draw_gaps, 7)
+    longer = [comparison for comparison in comparisons if comparison.lengths]
+    draw(folder / "lengths.png", longer, Comparison.draw_lengths, 4)
+    print(f"{text}\nruns: {len(runs)}; written to {folder}/: results.md, results.json and the figures")
