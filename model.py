@@ -209,12 +209,15 @@ class MLA(Attention):
         q, q_r = self.q(x).unflatten(-1, (self.n_head, -1)).tensor_split([self.d_head], dim=-1)
         if start > 0:                              # few queries, many memories: fold, q . up_k(c) = up_k^T(q) . c
             q = per_head(self.up_k, q)
-        return torch.cat([q, self.rotate(q_r, start)], dim=-1)                       # (B, T, H, D + R or L + R)
+        return self.join(q, q_r, start)                                              # (B, T, H, D + R or L + R)
 
     def write(self, x, start):
         c, r = self.down(x)[:, :, None].split(self.widths, dim=-1)
         c = F.rms_norm(c, c.shape[-1:], eps=1e-6)                               # without a gain: up_k and up_v have one
-        return (torch.cat([c, self.rotate(r, start)], dim=-1),)                      # (B, T, 1, L + R)
+        return (self.join(c, r, start),)                                             # (B, T, 1, L + R)
+
+    def join(self, x, r, start):
+        return x if self.rotary is None else torch.cat([x, self.rotary(r, start)], dim=-1)
 
     def read(self, q, memory):
         if q.size(1) < memory[0].size(1):                                            # folded: one head's key and value
@@ -510,8 +513,8 @@ class GPT(nn.Module):
         return nbytes, nbytes // self.config.block_size
 
     def use_kernel(self, name, context):
-        """Has QV or QV-Ka attend by kernel.py if `name` is triton, after a trial in that autocast context; returns what is
-        used, torch or triton. auto is torch: no GPU has measured yet where the kernel is faster. Raises UserError."""
+        """Has QV or QV-Ka attend by kernel.py if `name` is triton, after a trial in that autocast context. Returns what
+        is used, torch or triton; auto is torch, as no GPU has measured the kernel yet. Raises UserError."""
         if name != "triton":
             return "torch"
         import kernel
@@ -582,7 +585,7 @@ def choose_device(name):
     """The torch.device of that name; auto is CUDA or MPS where there is one, else the CPU. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:                                # a GPU for each of torchrun's processes
+    if name == "cuda" and "LOCAL_RANK" in os.environ:                                # torchrun: a GPU for each process
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         torch.empty(1, device=name).tolist()

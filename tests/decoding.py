@@ -45,7 +45,7 @@ def parse(argv=None):
 
 
 def seconds_per_token(models, prompt, count, use_cache):
-    """For each model, the median over `count` tokens, after a first one. Without a cache each is a reading of it all."""
+    """For each model, the median over `count` tokens after a first one; without a cache, each reads the whole prompt."""
     streams = {name: model.generate(prompt, count + 1, use_cache=use_cache) for name, model in models.items()}
     times = {name: [] for name in models}
     for _ in range(count + 1):
@@ -66,14 +66,14 @@ def benchmark(shape, positions, device, context, tokens, uncached=3):
     for done, pos in enumerate(positions, 1):
         models = {name: GPT(replace(shape, pos=pos, **variant)).to(device).eval() for name, variant in VARIANTS.items()}
         prompt = torch.randint(shape.vocab_size, (1, shape.block_size - tokens - 1), device=device)
-        with context:                                                                # it keeps converted weights to its end
+        with context:                                                                # keeps converted weights to its end
             cached = seconds_per_token(models, prompt, tokens, use_cache=True)
             plain = seconds_per_token(models, prompt, uncached, use_cache=False)
             nbytes = {name: model.cache_bytes()[1] for name, model in models.items()}
         progress.clear()
         for name in models:
-            print(f"| {pos} | {name} | {nbytes[name]:,} | {1 / cached[name]:.0f} | {cached['qkv'] / cached[name]:.2f} | "
-                  f"{1 / plain[name]:.1f} | {plain['qkv'] / plain[name]:.2f} |", flush=True)
+            print(f"| {pos} | {name} | {nbytes[name]:,} | {1 / cached[name]:.0f} | {cached['qkv'] / cached[name]:.2f} "
+                  f"| {1 / plain[name]:.1f} | {plain['qkv'] / plain[name]:.2f} |", flush=True)
         progress(done, f"measured {done} of {len(positions)} kinds of positions")
     progress.clear()
 
@@ -106,8 +106,8 @@ def draw(shape, path):
                       color="white" if letter == "k" else "black")
             left += width
         axes.text(left + 8, row, left, va="center", fontsize=9)
-    axes.set(yticks=range(len(VARIANTS)), yticklabels=VARIANTS, xlim=(0, 850), xlabel=f"numbers remembered per token and "
-             f"layer ({shape.n_head} heads of width {shape.n_embd // shape.n_head})")
+    axes.set(yticks=range(len(VARIANTS)), yticklabels=VARIANTS, xlim=(0, 850), xlabel="numbers remembered per token "
+             f"and layer ({shape.n_head} heads of width {shape.n_embd // shape.n_head})")
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(handles=[Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=f"{letter}: {word}")

@@ -2,6 +2,8 @@
 
 import math
 import re
+import sys
+import types
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -430,9 +432,28 @@ def test_a_wrong_configuration_gets_a_sentence(wrong, words):
 # Fork it --------------------------------------------------------------------------------------------------------------
 
 
+def readmes_python():
+    """The README's attention of one's own, and the two lines by which it gets a flag."""
+    return re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S)
+
+
+def test_the_readmes_own_flag(monkeypatch):
+    code, flag = readmes_python()
+    field, use = flag.splitlines()
+    source = Path(model_py.__file__).read_text() + "\n\n" + code
+    for place, line in ("\n    def __post_init__", field + "\n"), ("        self.route =", use + "\n"):
+        assert source.count(place) == 1
+        source = source.replace(place, line + place)
+    fork = types.ModuleType("fork")
+    monkeypatch.setitem(sys.modules, "fork", fork)
+    exec(source, vars(fork))
+    for shared, shape in (True, (1, 8, 8)), (False, (4, 8, 8)):
+        config = fork.GPTConfig(attention="keyless", shared_route=shared, **SMALL)
+        assert fork.GPT(config).blocks[0].attention.route.shape == shape
+
+
 def test_the_readmes_own_attention():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?class Keyless.*?)```", readme, re.S)
+    code, _ = readmes_python()
     before = dict(ATTENTIONS)
     try:
         exec(code, vars(model_py))
@@ -442,7 +463,7 @@ def test_the_readmes_own_attention():
             state = keyless.state_dict()
             for name in [name for name in state if name.endswith("route")]:           # the routing matrix belongs to W_Q
                 wq = name.replace("route", "q.weight")
-                state[wq] = torch.einsum("hcd,hde->hec", state[wq].unflatten(0, (4, 8)).transpose(1, 2), state.pop(name)).flatten(0, 1)
+                state[wq] = (state.pop(name) @ state[wq].unflatten(0, (4, 8))).flatten(0, 1)
             qv.load_state_dict(state)
             same_functions(keyless, qv)
     finally:
