@@ -69,6 +69,13 @@ def test_attention_maps_of_every_variant(attention):
     assert weights.shape == (2, 2, 7, 7)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 7))
     assert torch.equal(weights, weights.tril())
+    attention, x = network.blocks[0].attention, network.blocks[0].ln_1(network.wte(torch.arange(7)[None]))
+    q, memory = attention.query(x, 0), attention.write(x, 0)
+    values = attention.read(q, memory)[2]
+    values = values.repeat_interleave(2 // values.size(2), dim=2)
+    mixed = torch.einsum("hts,bshd->bthd", weights[0], values)                        # what attention mixes by them
+    mixed = attention.rotate(mixed, 0, turn=-1) if isinstance(attention, model.QV) else mixed
+    torch.testing.assert_close(mixed, attention.mix(q, memory))
 
 
 def test_an_attention_map_is_a_picture(folder, capsys):
