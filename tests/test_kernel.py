@@ -167,7 +167,8 @@ def test_rows_may_lie_far_apart(tmp_path):
     """2^31 numbers from first to last: more than 32 bits can count, in a file that is nearly all hole."""
     size = 128 * 2**24 + 16
     far = (torch.empty(size, dtype=torch.float16, device=DEVICE) if CUDA else
-           torch.from_file(str(tmp_path / "hole"), shared=True, size=size, dtype=torch.float16)).as_strided((1, 129, 1, 16), (1, 2**24, 16, 1))
+           torch.from_file(str(tmp_path / "hole"), shared=True, size=size, dtype=torch.float16))
+    far = far.as_strided((1, 129, 1, 16), (1, 2**24, 16, 1))
     near = far.copy_(tensor(1, 129, 1, 16)).clone()
     assert torch.equal(qv_attention(far, far), qv_attention(near, near))
     assert torch.equal(qv_decode(near[:, :1], far, lengths=torch.tensor([129], device=DEVICE)),
@@ -212,7 +213,7 @@ def test_an_operator_like_any_other():
     assert d_q.isfinite().all()
     twice, d_out = lambda *x: 2 * qv_attention(*x), tensor(1, 20, 2, 16)
     compiled = torch.compile(twice, backend="aot_eager", fullgraph=True)
-    checkpointed = lambda *x: checkpoint(twice, *x, use_reentrant=False)             # it computes outputs again, for the backward pass
+    checkpointed = lambda *x: checkpoint(twice, *x, use_reentrant=False)             # recomputes outputs in backward
     for x, *others in zip(*(results(function, tensors, d_out) for function in (twice, compiled, checkpointed))):
         assert all(torch.equal(x, y) for y in others)
     q, v, lengths = tensors[0][:, -1:].detach(), tensors[1].detach(), torch.tensor([20], device=DEVICE)
@@ -221,11 +222,12 @@ def test_an_operator_like_any_other():
 
 
 @runs
-@pytest.mark.parametrize("function", [qv_attention, lambda q, v: qv_decode(q[:, -1:], v, lengths=torch.full((1,), 5, device=q.device))])
+@pytest.mark.parametrize("function", [
+    qv_attention, lambda q, v: qv_decode(q[:, -1:], v, lengths=torch.full((1,), 5, device=q.device))])
 def test_other_lengths_take_no_other_graph(function):
     """torch.compile takes the first length for a constant, the second for a variable, and any other as that one."""
     torch.compiler.reset()
-    counter = importlib.import_module("torch._dynamo.testing").CompileCounter()      # it would import triton, too early above
+    counter = importlib.import_module("torch._dynamo.testing").CompileCounter()      # imports triton: too early above
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     for T in 5, 6, 7, 9, 12:
         q, v = tensor(1, T, 2, 16), tensor(1, T, 2, 16)
@@ -234,7 +236,7 @@ def test_other_lengths_take_no_other_graph(function):
 
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes of what is made under it: `now`, and `peak`; and keeps the names of the functions that make it."""
+    """Counts the bytes of what is made under it, `now` and `peak`, and keeps the names of functions that make it."""
 
     def __init__(self):
         super().__init__()
@@ -299,7 +301,8 @@ def decode_plain(q, v, q_ctx=None, ctx=None, decay=None, lengths=None):
     layout=["plain", "gaps", "heads first", "one buffer"], index=[torch.int32, torch.int64]))
 def test_decoding(case):
     """Ragged sequences in a cache of 130 tokens, the rest of which is NaN; up to 20 heads that ask one value."""
-    lengths, B, (H, G) = torch.tensor(case["lengths"], dtype=case["index"], device=DEVICE), len(case["lengths"]), case["HG"]
+    lengths = torch.tensor(case["lengths"], dtype=case["index"], device=DEVICE)
+    B, (H, G) = len(lengths), case["HG"]
     D, E, options = case["D"], case["E"], dict(dtype=case["dtype"], layout=case["layout"])
     q, v, q_ctx, ctx, decay = inputs(1, D, E, case["decay"], BHG=(B, H, G), past=129, **options)
     q, v, q_ctx, ctx, decay = (x if x is None else x.detach() for x in (q, v, q_ctx, ctx, decay))
@@ -328,7 +331,8 @@ TRIAL = dict(T=17, H=2, G=1, D=16, E=16, decay=True, dtype=torch.float32, device
 
 
 @runs
-@pytest.mark.parametrize("changed", [{}, dict(E=0, decay=False, G=2), dict(training=False, dtype=torch.float16), dict(T=1, H=1, G=1)])
+@pytest.mark.parametrize("changed", [
+    {}, dict(E=0, decay=False, G=2), dict(training=False, dtype=torch.float16), dict(T=1, H=1, G=1)])
 def test_the_trial_finds_nothing_wrong(changed):
     with mock.patch.object(kernel, "backward_op", wraps=kernel.backward_op) as backward:
         assert kernel.trial(**TRIAL | changed) is None
@@ -339,20 +343,24 @@ def test_the_trial_finds_nothing_wrong(changed):
 @pytest.mark.parametrize("name,wrong,words", [
     ("qv_attention", lambda *args, **inputs: 1.001 * qv_attention(*args, **inputs), "the output is off by 0.1%"),
     ("qv_attention", lambda *args, **inputs: torch.nan * qv_attention(*args, **inputs), "the output is off by nan%"),
-    ("qv_attention", lambda q, v, **inputs: qv_attention(q, v.detach() + 0.9 * (v - v.detach()), **inputs), "the gradient of v is off by 10.0%"),
-    ("qv_attention", lambda decay, **inputs: qv_attention(decay=decay.detach() + 0 * decay, **inputs), "the gradient of decay is off by 100.0%"),
+    ("qv_attention", lambda q, v, **inputs: qv_attention(q, v.detach() + 0.9 * (v - v.detach()), **inputs),
+     "the gradient of v is off by 10.0%"),
+    ("qv_attention", lambda decay, **inputs: qv_attention(decay=decay.detach() + 0 * decay, **inputs),
+     "the gradient of decay is off by 100.0%"),
     ("qv_decode", lambda *args, **inputs: 0.9 * qv_decode(*args, **inputs), "a decoded token is off by 10.0%"),
 ])
 def test_the_trial_finds_wrong_numbers(name, wrong, words, monkeypatch):
     monkeypatch.setattr(kernel, name, wrong)
-    with pytest.raises(UserError, match=rf"computes wrong numbers with Triton {kernel.triton.__version__} on .*{words}"):
+    version = kernel.triton.__version__
+    with pytest.raises(UserError, match=rf"computes wrong numbers with Triton {version} on .*{words}"):
         kernel.trial(**TRIAL)
 
 
 def failures():
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
-    return [OutOfResources(300000, 232448, "shared memory"), PTXASError("ptxas died"), CompilationError("x = 1", None, "no such thing"),
+    return [OutOfResources(300000, 232448, "shared memory"), PTXASError("ptxas died"),
+            CompilationError("x = 1", None, "no such thing"),
             RuntimeError("Triton Error [CUDA]: an illegal memory access"), FileNotFoundError(2, "No such file", "gcc"),
             subprocess.CalledProcessError(1, ["gcc"])]
 
@@ -362,7 +370,8 @@ def failures():
 def test_the_trial_says_what_triton_says(i, monkeypatch):
     error = failures()[i]
     monkeypatch.setattr(kernel, "qv_decode", mock.Mock(side_effect=error))
-    with pytest.raises(UserError, match=rf"the fused kernel fails with Triton .* on .* \({type(error).__name__}: ") as raised:
+    words = rf"the fused kernel fails with Triton .* on .* \({type(error).__name__}: "
+    with pytest.raises(UserError, match=words) as raised:
         kernel.trial(**TRIAL | dict(training=False, E=0))
     assert "\n" not in str(raised.value)
 
@@ -389,7 +398,7 @@ def models(attention, pos, G=2, **options):
                               block_size=30) | options)
     plain, fused = GPT(config).to(DEVICE), GPT(config).to(DEVICE)
     fused.load_state_dict(plain.state_dict())
-    for block in fused.blocks:                                                       # as use_kernel does after the trial
+    for block in fused.blocks:                                                       # as use_kernel does after a trial
         block.attention.kernel = kernel
     return plain, fused
 
@@ -416,14 +425,14 @@ def test_the_model_learns_the_same_by_either(attention, pos, G):
 @runs
 @pytest.mark.parametrize("attention,pos,G", USES)
 def test_the_model_generates_the_same_by_either(attention, pos, G):
-    """A prompt of several tokens, decoding from the buffers of the model's cache as they lie, and a context that runs full."""
+    """A prompt of several tokens, decoding from the cache's buffers as they lie, and a context that runs full."""
     plain, fused = (model.eval() for model in models(attention, pos, G))
     prompt = torch.randint(65, (2, 21), device=DEVICE)
     with mock.patch.object(kernel, "qv_decode", wraps=qv_decode) as used:
         texts = [torch.cat([*model.generate(prompt, 13, temperature=0)], 1) for model in (plain, fused)]
     assert used.call_count > 10 and torch.equal(*texts)
     v = used.call_args.args[1]
-    assert v.size(1) < 30 and v.stride(0) == 30 * v.stride(1), "the cache's own buffer of 30 tokens, not a copy of a part"
+    assert v.size(1) < 30 and v.stride(0) == 30 * v.stride(1), "the cache's own buffer of 30 tokens, not a part's copy"
     logits = []
     for model in plain, fused:
         cache = model.new_cache()
@@ -447,11 +456,13 @@ def test_the_compiled_model_takes_the_kernel_whole():
 def test_the_programs_take_the_kernel_and_say_so(folder, capsys):
     shape = ["--n_embd=32", "--attention=qv", "--eval_tokens=256"]
     for name in "torch", "triton":
-        assert call("train", *TINY, *shape, f"--kernel={name}", f"--out=out/{name}", f"--device={DEVICE}", "--dtype=float32") is None
+        options = [f"--kernel={name}", f"--out=out/{name}", f"--device={DEVICE}"]
+        assert call("train", *TINY, *shape, *options, "--dtype=float32") is None
         assert f"attention by {name}" in capsys.readouterr().out
-        assert call("sample", f"--out=out/{name}", f"--kernel={name}", "--prompt=wall", "--max_new_tokens=9", f"--device={DEVICE}") is None
+        assert call("sample", *options, "--prompt=wall", "--max_new_tokens=9") is None
         assert f"attention by {name}" in capsys.readouterr().err
-    logs = [[json.loads(line)["val_loss"] for line in (folder / "out" / name / "log.jsonl").read_text().splitlines()] for name in ("torch", "triton")]
+    logs = [(folder / "out" / name / "log.jsonl").read_text().splitlines() for name in ("torch", "triton")]
+    logs = [[json.loads(line)["val_loss"] for line in lines] for lines in logs]
     assert logs[0] == pytest.approx(logs[1], rel=1e-5) and len(logs[0]) == 2
 
 
@@ -470,11 +481,11 @@ def test_what_the_kernel_cannot_do_is_a_sentence(folder, flags, words):
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU: 200 steps in bfloat16, which the interpreter cannot multiply")
 @pytest.mark.parametrize("attention,pos", [("qv", "agf"), ("qv_ka", "rope")])
 def test_200_steps_of_training_follow_pytorch(attention, pos):
-    """In bfloat16, from the same weights and batches; PyTorch in float32 says how much bfloat16 alone moves the losses."""
+    """In bfloat16, from the same weights and batches; float32 in PyTorch says how far bfloat16 alone moves losses."""
     plain, fused = models(attention, pos, n_layer=4, n_head=4, n_embd=256, d_ctx=64, block_size=256)
     exact = models(attention, pos, n_layer=4, n_head=4, n_embd=256, d_ctx=64, block_size=256)[0]
     exact.load_state_dict(plain.state_dict())
-    text = torch.randint(65, (20_000,), device=DEVICE) // 2 * 2                      # something to learn: even tokens only
+    text = torch.randint(65, (20_000,), device=DEVICE) // 2 * 2                      # something to learn: even tokens
     losses = []
     for model, dtype in (exact, torch.float32), (plain, torch.bfloat16), (fused, torch.bfloat16):
         optimizer, random = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.Generator().manual_seed(1)
@@ -563,7 +574,7 @@ def test_bf16_cannot_be_interpreted():
         qv_attention(q, q)
 
 
-# In processes of their own, where Triton compiles: started before the first test, asked in the last ones ----------------
+# In processes of their own, where Triton compiles: started before the first test, asked in the last ones --------------
 
 
 def python(code):
@@ -588,7 +599,7 @@ sys.modules["triton"] = None
 refused()
 """
 # A row for every kernel in bf16, for A100 and H100: plain, and with all extras at two widths; with few and with many
-# heads to a value; for one token and one head, and for lengths that have no factor of 16. How many variants were compiled.
+# heads to a value; for one token and one head, and for lengths without a factor of 16. How many variants were compiled.
 REPORT = """
 import json, sys
 sys.path.append("tests")
@@ -601,7 +612,7 @@ for arch in 80, 90:
         rows += benchmark.compile_report(arch, 64, 128, True, **sizes)
     for G in 4, 1:
         rows += benchmark.compile_report(arch, 128, 128, True, T=1000, H=32, G=G, only="decode_kernel")
-    variants += [len(function.device_caches[arch][0]) for function in (kernel.forward_kernel, kernel.token_backward_kernel)]
+    variants += [len(f.device_caches[arch][0]) for f in (kernel.forward_kernel, kernel.token_backward_kernel)]
 print(json.dumps([rows, variants]))
 """
 
@@ -635,7 +646,8 @@ def test_what_cannot_run_is_said(answer):
     """Importing works, calling does not, and nothing else steps in."""
     here, old, without = answer("refused").splitlines()
     assert CUDA or here.startswith("q.device=cpu should be a CUDA device")
-    assert old == "the fused kernel needs the package triton, 3.4 or newer, and 3.2.0 is installed; model.py does without"
+    assert old == ("the fused kernel needs the package triton, 3.4 or newer, and 3.2.0 is installed; "
+                   "model.py does without")
     assert "and none is installed" in without
 
 
@@ -686,20 +698,22 @@ def test_hopper_multiplies_by_wgmma(report):
 def small(monkeypatch):
     """benchmark.py at sizes that the interpreter can compute, with a clock that gives 1, 2, 3 .. milliseconds."""
     benchmark, ticks = importlib.import_module("benchmark"), itertools.count(1)
-    changed = dict(DEVICE=DEVICE, DTYPE=torch.float32, H=2, D=16, TOKENS=64, LENGTHS=(16, 64), WIDTHS=(0, 16), DECODE_H=4,
-                   DECODE_G=2, DECODE_E=16, BATCHES=(1, 2), CONTEXTS=(24, 70), qv_attention=qv_attention, qv_decode=qv_decode)
+    changed = dict(DEVICE=DEVICE, DTYPE=torch.float32, H=2, D=16, TOKENS=64, LENGTHS=(16, 64), WIDTHS=(0, 16),
+                   DECODE_H=4, DECODE_G=2, DECODE_E=16, BATCHES=(1, 2), CONTEXTS=(24, 70),
+                   qv_attention=qv_attention, qv_decode=qv_decode)
     for name, x in changed.items():
         monkeypatch.setattr(benchmark, name, x)
     monkeypatch.setattr(benchmark, "timed", lambda run: (run(), next(ticks))[1])
     monkeypatch.setattr(benchmark, "peak_memory", lambda run: (run(), torch.cuda.memory_allocated() + 2**20)[1])
-    monkeypatch.setattr(benchmark, "flex_attention", lambda: flex)                   # not compiled, which takes its time
+    monkeypatch.setattr(benchmark, "flex_attention", lambda: flex)                   # not compiled, which takes time
     monkeypatch.setattr(benchmark.gc, "collect", lambda *_: None)                       # likewise
     return benchmark
 
 
 def flex(q, k, v, score_mod=None, block_mask=None):
     """What flex_attention returns, with the gradients of the same in plain PyTorch: on the CPU it has none."""
-    i, j, h = torch.arange(q.size(2), device=DEVICE)[:, None], torch.arange(k.size(2), device=DEVICE), torch.arange(q.size(1), device=DEVICE)
+    i, j, h = (torch.arange(size, device=DEVICE) for size in (q.size(2), k.size(2), q.size(1)))
+    i = i[:, None]
     s = q @ k.mT / math.sqrt(q.size(-1))
     s = s if score_mod is None else score_mod(s, None, h[:, None, None], i, j)
     s = s if block_mask is None else s.masked_fill(~block_mask.mask_mod(None, None, i, j), -math.inf)
@@ -713,7 +727,7 @@ def flex(q, k, v, score_mod=None, block_mask=None):
 @pytest.mark.parametrize("E", [0, 16])
 @pytest.mark.parametrize("decayed", [False, True])
 def test_contestants_compute_the_same(small, T, E, decayed):
-    """The outputs and the gradients of whatever the benchmark times side by side; plain QKV alone has keys of its own."""
+    """The outputs and the gradients of all the benchmark times side by side; plain QKV alone has keys of its own."""
     found = small.contestants(T, E, decayed)
     assert [*found] == ["fused", "sdpa", "flex"] + ["qkv"] * (not E and not decayed)
     d_out, first = tensor(64 // T, T, 2, 16), None
@@ -765,11 +779,12 @@ def test_whole_models_are_measured_by_either_kernel(small, capsys, monkeypatch):
     monkeypatch.setattr(small, "SHAPES", {"small": (2, sizes)})
     monkeypatch.setattr(small, "clock", lambda run: (run(), 0.5)[1])
     monkeypatch.setattr(small, "peak_memory", lambda run: 2**20)
-    monkeypatch.setattr(small, "product", lambda *factors: [("small", "qv_ka", "rope", shared, name) for shared in (False, True)
-                                                            for name in ("torch", "triton")])
+    monkeypatch.setattr(small, "product", lambda *factors: [
+        ("small", "qv_ka", "rope", shared, name) for shared in (False, True) for name in ("torch", "triton")])
     monkeypatch.setattr(small, "STEPS", 2)
     monkeypatch.setattr(torch, "compile", lambda model: model)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())            # float32 has none
     small.bench_models(600)
     assert capsys.readouterr().out.splitlines()[1:] == [
-        f"small qv_ka     rope     {G:6}  {name:6}       0.5     500.0       1.0       6.0" for G in (2, 1) for name in ("torch", "triton")]
+        f"small qv_ka     rope     {G:6}  {name:6}       0.5     500.0       1.0       6.0"
+        for G in (2, 1) for name in ("torch", "triton")]

@@ -10,7 +10,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_py
@@ -18,9 +17,10 @@ from model import ATTENTIONS, GPT, POSITIONS, QKV, QV, Cache, GPTConfig
 
 # Every attention, and with values, or keys and values, that heads share. A test's `attention` is one of these names.
 VARIANTS = {name: dict(attention=name) for name in ATTENTIONS} | {
-    f"{name}/{G}": dict(attention=name, n_kv_head=G) for name, G in (("gqa", 1), ("qv", 1), ("qv", 2), ("qv_ka", 1), ("qv_ka", 2))}
+    f"{name}/{G}": dict(attention=name, n_kv_head=G)
+    for name, G in (("gqa", 1), ("qv", 1), ("qv", 2), ("qv_ka", 1), ("qv_ka", 2))}
 CASES = pytest.mark.parametrize("attention,pos", list(product(VARIANTS, POSITIONS)))
-ONCE = pytest.mark.parametrize("attention,pos", list(zip(VARIANTS, 3 * POSITIONS)))    # each of them somewhere, for what takes long
+ONCE = pytest.mark.parametrize("attention,pos", list(zip(VARIANTS, 3 * POSITIONS)))    # each somewhere, for slow tests
 SMALL = dict(block_size=24, vocab_size=31, n_layer=2, n_head=4, n_embd=32)
 
 
@@ -61,7 +61,7 @@ def turned(x, by):
 
 
 def textbook(attention, x, pos):
-    """y_i = sum_j softmax_j(q_i . k_j / sqrt(D) - a log(1 + i - j)) v_j, written from the table and pair by pair of positions:
+    """y_i = sum_j softmax_j(q_i . k_j / sqrt(D) - a log(1 + i - j)) v_j, from the table and pair by pair of positions:
     x (T, C) to (T, C). Under RoPE whatever is remembered of token j reaches token i turned by j - i."""
     a, name, T = attention, type(attention).__name__, len(x)
     if name not in ("QKV", "MLA", "QV", "QVKa"):
@@ -85,7 +85,7 @@ def textbook(attention, x, pos):
             k = v = every_head(arrives(v))
         if name == "QVKa":                                                            # K = [G ; V] W_K
             g = arrives((x @ a.ctx.weight.T).unflatten(-1, (-1, D)) if pos == "rope" else (x @ a.ctx.weight.T)[:, None])
-            g = every_head(g.flatten(2)[:, :, None])                                  # under rope, pieces as wide as a head
+            g = every_head(g.flatten(2)[:, :, None])                                  # under rope, pieces of head width
             k = torch.einsum("ijhe,hed->ijhd", torch.cat([g, v], dim=-1), a.w_k.expand(H, -1, -1))
     weight = (torch.einsum("ihd,ijhd->hij", q, k) / math.sqrt(q.size(-1))).exp()
     if pos == "agf":
@@ -100,7 +100,8 @@ def test_attention_is_the_textbooks(attention, pos):
     module = small(attention, pos).blocks[0].attention
     x = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(2)).double()
     tolerance = 1e-6 if pos in ("rope", "agf") else 1e-10         # their tables are kept in float32
-    torch.testing.assert_close(module(x), torch.stack([textbook(module, row, pos) for row in x]), rtol=tolerance, atol=tolerance)
+    expected = torch.stack([textbook(module, row, pos) for row in x])
+    torch.testing.assert_close(module(x), expected, rtol=tolerance, atol=tolerance)
 
 
 @CASES
@@ -145,7 +146,7 @@ def test_gqa_with_a_group_a_head_is_qkv(pos):
     same_functions(qkv, gqa)
 
 
-@pytest.mark.parametrize("pos", ["learned", "sinusoidal", "agf"])                    # under rope, a value of QKV's is not rotated
+@pytest.mark.parametrize("pos", ["learned", "sinusoidal", "agf"])                    # rope rotates no values of QKV
 @pytest.mark.parametrize("G", [1, 2, 4])
 def test_qv_is_gqa_whose_key_is_its_value(pos, G):
     gqa, qv = small("gqa", pos, n_kv_head=G), small("qv", pos, n_kv_head=G)
@@ -172,8 +173,8 @@ def test_qv_ka_that_ignores_the_context_is_qv(pos, G):
 def test_shared_values_are_equal_values(attention, pos):
     """G values that serve H / G heads each are H values of which some are equal."""
     shared, full = small(attention, pos, n_kv_head=2), small(attention, pos)
-    state = {name: value.unflatten(0, (2, 1, 8)).expand(-1, 2, -1, -1).flatten(0, 2) if name.endswith("attention.v.weight") else value
-             for name, value in shared.state_dict().items()}
+    state = {name: w.unflatten(0, (2, 1, 8)).expand(-1, 2, -1, -1).flatten(0, 2) if ".v." in name else w
+             for name, w in shared.state_dict().items()}
     full.load_state_dict(state)
     same_functions(shared, full)
 
@@ -181,7 +182,7 @@ def test_shared_values_are_equal_values(attention, pos):
 @pytest.mark.parametrize("pos", POSITIONS)
 def test_shared_wk_is_every_heads_wk(pos):
     shared, per_head = small("qv_ka", pos, shared_wk=True), small("qv_ka", pos)
-    state = {name: value.expand(4, -1, -1) if name.endswith("w_k") else value for name, value in shared.state_dict().items()}
+    state = {name: w.expand(4, -1, -1) if name.endswith("w_k") else w for name, w in shared.state_dict().items()}
     per_head.load_state_dict(state)
     same_functions(shared, per_head)
 
@@ -189,7 +190,8 @@ def test_shared_wk_is_every_heads_wk(pos):
 @pytest.mark.parametrize("pos", POSITIONS)
 @pytest.mark.parametrize("attention", ["gqa", "mla", "qv_ka"])
 def test_other_widths(attention, pos):
-    model = small(attention, pos, n_kv_head=1, d_latent=5, d_rope=6, d_ctx=48 if pos == "rope" else 10, n_inner=17, n_head=2)
+    d_ctx = 48 if pos == "rope" else 10
+    model = small(attention, pos, n_kv_head=1, d_latent=5, d_rope=6, d_ctx=d_ctx, n_inner=17, n_head=2)
     same_functions(model, model)
 
 
@@ -207,7 +209,7 @@ def numbers(formula, config):
     values = dict(H=config.n_head, G=config.n_kv_head, D=config.n_embd // config.n_head, d_ctx=config.d_ctx,
                   d_latent=config.d_latent, d_rope=config.d_rope if config.pos == "rope" else 0)
     terms = re.sub(r"[()]|under rope", "", formula).split("+")
-    return sum(math.prod(values.get(factor) if factor in values else int(factor) for factor in term.split()) for term in terms)
+    return sum(math.prod(values[x] if x in values else int(x) for x in term.split()) for term in terms)
 
 
 @CASES
@@ -266,7 +268,8 @@ class Conversions(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._to_copy.default and args[0].dim() == 2 and kwargs["dtype"] == torch.bfloat16
+        if function is torch.ops.aten._to_copy.default:
+            self.count += args[0].dim() == 2 and kwargs["dtype"] == torch.bfloat16
         return function(*args, **(kwargs or {}))
 
 
@@ -319,7 +322,7 @@ def test_bfloat16_does_not_round_the_contexts_score():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         memory, q = module.write(torch.randn(2, 20, 32), 0), module.query(torch.randn(2, 1, 32), 19)
         *_, score = module.read(q, memory)
-    q_ctx = module.scale * q[:, 0, :, : module.d_ctx]             # in bfloat16: the scale is a power of 2 only now and then
+    q_ctx = module.scale * q[:, 0, :, : module.d_ctx]             # in bfloat16: the scale is rarely a power of 2
     expected = torch.einsum("bhe,bse->bhs", q_ctx.double(), memory[1].double())[:, :, None]
     assert q.dtype == memory[1].dtype == torch.bfloat16 and score.dtype == torch.float32
     torch.testing.assert_close(score.double(), expected, rtol=1e-5, atol=1e-6)
@@ -329,6 +332,7 @@ def test_bfloat16_does_not_round_the_contexts_score():
 def test_one_graph_for_all_lengths(attention):
     """torch.compile takes the first length for a constant, the second for a variable, and any other as that one."""
     torch.compiler.reset()
+    from torch._dynamo.testing import CompileCounter              # imports triton, which test_kernel.py has to do first
     model, counter = small(attention, "learned"), CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for T in 5, 6, 7, 9, 12:
@@ -343,7 +347,8 @@ def test_temperature_and_top_k():
     assert all(torch.equal(generated(model, idx, 1, temperature=low), likeliest) for low in (1e-45, 1e-300))
     assert torch.equal(generated(model, idx, 1, top_k=1), likeliest)
     top = model(idx)[0][:, -1].topk(3).indices
-    draws = torch.cat([generated(model, idx, 1, top_k=3, temperature=5.0)] + [next(model.generate(idx, 1, 5.0, 3)) for _ in range(60)], 1)
+    draws = [generated(model, idx, 1, top_k=3, temperature=5.0)]
+    draws = torch.cat(draws + [next(model.generate(idx, 1, 5.0, 3)) for _ in range(60)], 1)
     for row, allowed in zip(draws, top):
         assert set(row.tolist()) == set(allowed.tolist()), "in 60 draws, all of the three likeliest and nothing else"
 
@@ -378,7 +383,7 @@ def test_one_batch_overfits(attention, pos):
 
 
 def test_sinusoids():
-    """Sines and cosines of i / 10000^(2k/C), as large as embeddings start; and the table of a longer context goes on."""
+    """Sines and cosines of i / 10000^(2k/C), as large as embeddings start; the table of a longer context goes on."""
     table = small("qv", "sinusoidal", block_size=50).wpe.weight
     angle = torch.arange(50)[:, None] / 10000.0 ** (torch.arange(16) / 16)
     waves = torch.cat([angle.sin(), angle.cos()], dim=-1).double()
@@ -404,7 +409,8 @@ def test_keys_made_in_two_steps_start_as_large_as_in_one():
     x = torch.randn(1, 64, 128)
     scale = {}
     for name in ATTENTIONS:
-        module = GPT(GPTConfig(attention=name, pos="learned", block_size=64, n_layer=1, n_head=4, n_embd=128)).blocks[0].attention
+        config = GPTConfig(attention=name, pos="learned", block_size=64, n_layer=1, n_head=4, n_embd=128)
+        module = GPT(config).blocks[0].attention
         scale[name] = module.read(module.query(x, 0), module.write(x, 0))[1].std().item()
     assert all(0.9 < value / scale["qkv"] < 1.1 for value in scale.values()), scale
 
@@ -461,7 +467,7 @@ def test_the_readmes_own_attention():
             keyless, qv = small("keyless", pos), small("qv", pos)
             same_functions(keyless, keyless)
             state = keyless.state_dict()
-            for name in [name for name in state if name.endswith("route")]:           # the routing matrix belongs to W_Q
+            for name in [name for name in state if name.endswith("route")]:           # the routing belongs to W_Q
                 wq = name.replace("route", "q.weight")
                 state[wq] = (state.pop(name) @ state[wq].unflatten(0, (4, 8))).flatten(0, 1)
             qv.load_state_dict(state)
