@@ -557,11 +557,6 @@ class GPT(nn.Module):
         return model.to(device), checkpoint
 
 
-CHECKPOINT_FORMAT = 2                              # goes up when old weights would compute something else
-CHECKPOINT = dict(format=int, model=dict, optimizer=dict, model_config=dict, train_config=dict, tokenizer=dict,
-                  data_sha256=str, step=int, seconds=float, best_val_loss=float, losses=list, log=list)
-
-
 class NaNForEmpty(TorchFunctionMode):
     """torch.empty gives NaN: so a parameter that nobody gave values is found out."""
 
@@ -579,6 +574,14 @@ def sample(logits, temperature, top_k):
         logits = logits.masked_fill(logits < kth, -math.inf)
     logits = logits.float() - logits.max(-1, keepdim=True).values                 # at most 0, whatever it is divided by
     return torch.multinomial(torch.softmax(logits / max(temperature, 1e-30), dim=-1), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the programs share: what a checkpoint holds, a device, and a precision.
+
+CHECKPOINT_FORMAT = 2                              # goes up when old weights would compute something else
+CHECKPOINT = dict(format=int, model=dict, optimizer=dict, model_config=dict, train_config=dict, tokenizer=dict,
+                  data_sha256=str, step=int, seconds=float, best_val_loss=float, losses=list, log=list)
 
 
 def choose_device(name):
