@@ -207,7 +207,7 @@ class MLA(Attention):
 
     def query(self, x, start):
         q, q_r = self.q(x).unflatten(-1, (self.n_head, -1)).tensor_split([self.d_head], dim=-1)
-        if start > 0:                              # few queries, many memories: fold, q . up_k(c) = up_k^T(q) . c
+        if start > 0:                              # T < S, few queries: fold, for q . up_k(c) = up_k^T(q) . c
             q = per_head(self.up_k, q)
         return self.join(q, q_r, start)                                              # (B, T, H, D + R or L + R)
 
@@ -272,7 +272,7 @@ class QV(Attention):
 
 class QVKa(QV):
     """QV-Ka, "Key-after-value & ctx" (arXiv:2603.15665): K = [G ; V] W_K, made from the values and from one small
-    context vector per token, G = x W_ctx, which the heads share. Because the key is linear in the memory,
+    context vector per token, G = x W_ctx, which the heads share. Because a key is linear in the memory (here columns),
 
         q . k_j  =  q . W_K^T [g_j ; v_j]  =  (W_K q) . [g_j ; v_j]  =  q_ctx . g_j  +  q_v . v_j,
 
@@ -552,8 +552,8 @@ class GPT(nn.Module):
         except OSError as error:
             raise UserError(f"{path} cannot be read ({reason(error)}); mend that and try again") from None
         except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged, or of another model.py ({reason(error)}); copy the other of last.pt "
-                            "and best.pt over it, or train again") from None
+            raise UserError(f"{path} is damaged, or of another model.py ({reason(error)}); take another run by --out, "
+                            "or copy the other of last.pt and best.pt over it, or train again") from None
         return model.to(device), checkpoint
 
 

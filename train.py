@@ -7,8 +7,8 @@
     python train.py --resume                                goes on with the newest run, exactly
 
 A run is a folder: log.jsonl (a line for each evaluation), loss.png, and the checkpoints last.pt and best.pt. What is
-random in step i, its batch and its dropout, is a function of (seed, i) alone. So a run that was stopped and resumed
-computes the same numbers as one that was not, and its batches do not depend on how many processes share them.
+random in step i is a function of (seed, i): its batch, however many processes share it, and in each process its
+dropout. So a run that was stopped and resumed computes the same numbers as one that was not.
 """
 
 import itertools
@@ -313,8 +313,8 @@ class Run:
         """Where a loss, or the sum of all weights, is no number any more, all processes leave. Rank 0 says why."""
         if not math.isfinite(number):
             raise SystemExit(1) if RANK else UserError(
-                f"the loss is {number} at step {len(self.losses):,}: training has diverged; begin again, or go on by "
-                f"--resume --out={self.out}, with a smaller rate: --learning_rate={self.train.learning_rate / 3:.1g}")
+                f"the loss is {number} at step {len(self.losses):,}: training has diverged; begin again with a smaller "
+                f"--learning_rate" + f", or go on by --resume --out={self.out}" * (self.out / "last.pt").exists())
 
     def validate(self):
         """Measures the validation loss, adds it to the log and saves the run."""

@@ -45,7 +45,7 @@ def parse(argv=None):
 
 
 def seconds_per_token(models, prompt, count, use_cache):
-    """For each model, the median over `count` tokens after a first one; without a cache, each reads the whole prompt."""
+    """For each model, the median over `count` tokens after a first one; without a cache, each reads all the prompt."""
     streams = {name: model.generate(prompt, count + 1, use_cache=use_cache) for name, model in models.items()}
     times = {name: [] for name in models}
     for _ in range(count + 1):
@@ -66,7 +66,7 @@ def benchmark(shape, positions, device, context, tokens, uncached=3):
     for done, pos in enumerate(positions, 1):
         models = {name: GPT(replace(shape, pos=pos, **variant)).to(device).eval() for name, variant in VARIANTS.items()}
         prompt = torch.randint(shape.vocab_size, (1, shape.block_size - tokens - 1), device=device)
-        with context:                                                                # keeps converted weights to its end
+        with context:                                                                # keeps weights that it converts
             cached = seconds_per_token(models, prompt, tokens, use_cache=True)
             plain = seconds_per_token(models, prompt, uncached, use_cache=False)
             nbytes = {name: model.cache_bytes()[1] for name, model in models.items()}

@@ -183,8 +183,8 @@ DAMAGE = {
 MISUSE = [
     # flags, what is damaged before, words of the sentence
     ([], None, "the following arguments are required: NAME"),
-    (["nowhere.txt"], None, "nowhere.txt cannot be read as UTF-8 text ([Errno 2] No such file or directory"),
-    (["data"], None, "data cannot be read as UTF-8 text ([Errno 21] Is a directory"),
+    (["nowhere.txt"], None, "nowhere.txt cannot be read as UTF-8 text (No such file or directory"),
+    (["data"], None, "data cannot be read as UTF-8 text (Is a directory"),
     (["empty.txt"], "empty text", "empty.txt is too short to be split"),
     (["short.txt"], "short text", "short.txt is too short to be split (tokens: {'train': 9, 'val': 1})"),
     (["binary.txt"], "binary text", "binary.txt cannot be read as UTF-8 text ('utf-8' codec can't decode byte 0xff"),

@@ -317,7 +317,7 @@ def test_divergence_keeps_the_last_good_checkpoint(folder):
     before = Path("out/run/last.pt").read_bytes()
     sentence = call("train", "--resume", "--out=out/run", "--max_steps=300", "--learning_rate=1e38", "--grad_clip=0",
                     "--weight_decay=0")
-    assert "training has diverged" in sentence and "--resume --out=out/run, with a smaller rate" in sentence
+    assert "training has diverged" in sentence and sentence.endswith("or go on by --resume --out=out/run")
     assert Path("out/run/last.pt").read_bytes() == before
 
 
