@@ -36,6 +36,8 @@ from torch.overrides import TorchFunctionMode
 
 from prepare import UserError, reason
 
+LOGITS_STD = 0.3                                   # of an untrained model: its loss is within 0.1 of ln(V)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Positions. A table is added at the input, learned (GPT-2) or of sinusoids; or one of two modules works in attention.
 
@@ -54,7 +56,7 @@ class Sinusoids(nn.Module):
         super().__init__()
         angle = torch.arange(block_size)[:, None] * frequencies(width)               # (block_size, C/2, rounded up)
         waves = torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :width]             # of mean square 1/2
-        self.register_buffer("weight", 0.3 * math.sqrt(2 / width) * waves, persistent=False)
+        self.register_buffer("weight", LOGITS_STD * math.sqrt(2 / width) * waves, persistent=False)
 
 
 class Rotary(nn.Module):
@@ -220,18 +222,16 @@ class MLA(Attention):
         return x if self.rotary is None else torch.cat([x, self.rotary(r, start)], dim=-1)
 
     def read(self, q, memory):
-        if q.size(1) < memory[0].size(1):                                            # folded: one head's key and value
-            return q, *memory, *memory
         c, r = memory[0].split(self.widths, dim=-1)                                  # (B, S, 1, L), (B, S, 1, R)
         k = torch.einsum("bsl,hld->bshd", c[:, :, 0], self.up_k)
         v = torch.einsum("bsl,hld->bshd", c[:, :, 0], self.up_v)
         return q, torch.cat([k, r.expand(-1, -1, self.n_head, -1)], dim=-1), v       # (B, S, H, D + R), (B, S, H, D)
 
     def mix(self, q, memory):
-        y = super().mix(q, memory)
-        if q.size(1) < memory[0].size(1):          # y is a mean of [c; r], and the mean of up_v(c) is up_v of c's mean
-            y = per_head(self.up_v.mT, y[..., : self.widths[0]])
-        return y                                                                     # (B, T, H, D)
+        if q.size(1) == memory[0].size(1):
+            return super().mix(q, memory)                                            # (B, T, H, D)
+        y = self.attend(q, *memory, *memory)       # folded: [c; r] is one head's key and value, and y a mean of it;
+        return per_head(self.up_v.mT, y[..., : self.widths[0]])                # the mean of up_v(c) is up_v of c's mean
 
 
 class QV(Attention):
@@ -341,17 +341,16 @@ POSITIONS = ("learned", "sinusoidal", "rope", "agf")
 
 
 class Cache:
-    """One layer's memory: `length` tokens so far, in buffers of `nbytes` bytes for block_size of them."""
+    """One layer's memory: `length` tokens so far, in buffers for block_size of them, made when the first arrive."""
 
     def __init__(self, block_size):
-        self.block_size, self.length, self.nbytes, self.buffers = block_size, 0, 0, ()
+        self.block_size, self.length, self.buffers = block_size, 0, ()
 
     def append(self, memory):
         """Stores the T new tokens' memory, a tuple of (B, T, ...); returns that of all S, as views (B, S, ...)."""
         start, self.length = self.length, self.length + memory[0].size(1)
         if not self.buffers:
             self.buffers = tuple(m.new_empty(m.size(0), self.block_size, *m.shape[2:]) for m in memory)
-            self.nbytes = sum(buffer.nbytes for buffer in self.buffers)
         for buffer, m in zip(self.buffers, memory):
             buffer[:, start : self.length] = m
         return tuple(buffer[:, : self.length] for buffer in self.buffers)
@@ -450,12 +449,12 @@ class GPT(nn.Module):
 
     def init(self, name, parameter):
         """Matrices keep the scale of what they multiply, std 1/sqrt(fan_in), so a K or V made in two steps starts as
-        large as one made in one; those that add to the residual stream start smaller, as in GPT-2. Embeddings, tied to
-        the output, start with logits of std 0.3: a loss within 0.1 of ln(V). Vectors keep what their module gave."""
+        large as one made in one; those that add to the residual stream start smaller, as in GPT-2. Embeddings are
+        tied to the output, so they set the logits' size. Vectors keep what their module gave."""
         if parameter.dim() > 1:                            # (V, C), (fan_out, fan_in), or per head (H, fan_in, fan_out)
             std = parameter.size(1) ** -0.5
             if name.startswith("w"):                                                 # wte, wpe
-                std *= 0.3
+                std *= LOGITS_STD
             if name.endswith("out.weight"):
                 std /= math.sqrt(2 * self.config.n_layer)
             nn.init.normal_(parameter, std=std)
@@ -509,7 +508,7 @@ class GPT(nn.Module):
         """Bytes of the cache for a whole context, and for a token of it: measured, in the autocast context at hand."""
         cache = self.new_cache()
         self(torch.zeros(1, 1, dtype=torch.int64, device=self.wte.weight.device), cache=cache)
-        nbytes = sum(layer.nbytes for layer in cache)
+        nbytes = sum(buffer.nbytes for layer in cache for buffer in layer.buffers)
         return nbytes, nbytes // self.config.block_size
 
     def use_kernel(self, name, context):
