@@ -24,6 +24,8 @@ L d_latent, R d_rope, E d_ctx, V vocabulary. (In the paper's formulas G and V ar
 import math
 import os
 import pickle
+import sys
+import time
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -34,12 +36,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from prepare import UserError, reason
+from prepare import UserError, reason, tokenizer_size
 
 LOGITS_STD = 0.3                                   # of an untrained model: its loss is within 0.1 of ln(V)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Positions. A table is added at the input, learned (GPT-2) or of sinusoids; or one of two modules works in attention.
+# --- Positions -------------------------------------------------------------------------------------------------------
+# A table is added at the input, learned (GPT-2) or of sinusoids; or one of two modules works in attention.
 
 
 def frequencies(width):
@@ -96,8 +98,7 @@ class Decay(nn.Module):
         return self.log_a.exp()[:, None, None] * rows                             # `first` on, the others from later on
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention: what all five share, then what each of them remembers and reads.
+# --- Attention: what all five share, then what each of them remembers and reads --------------------------------------
 
 
 class Attention(nn.Module):
@@ -336,8 +337,7 @@ ATTENTIONS = {"qkv": QKV, "gqa": QKV, "mla": MLA, "qv": QV, "qv_ka": QVKa}
 POSITIONS = ("learned", "sinusoidal", "rope", "agf")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The KV cache: it stores whatever `write` returns and knows no variant.
+# --- The KV cache: it stores whatever `write` returns and knows no variant -------------------------------------------
 
 
 class Cache:
@@ -356,8 +356,7 @@ class Cache:
         return tuple(buffer[:, : self.length] for buffer in self.buffers)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model: GPT-2 with any of these attentions.
+# --- The model: GPT-2 with any of these attentions -------------------------------------------------------------------
 
 
 def option(default, help, choices=None, only=None):
@@ -543,14 +542,22 @@ class GPT(nn.Module):
                     raise ValueError(f"{name} in it is not what was written")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-                raise ValueError("it was written by older code, whose models compute something else")
+                raise ValueError("it was written by older code")
             if wrong := [key for key, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(key), kind)]:
                 raise ValueError(f"{', '.join(wrong)} in it cannot be used")
             model = cls(GPTConfig(**checkpoint["model_config"]))
             model.load_state_dict(checkpoint["model"])
+            for name, weights in model.named_parameters():
+                if not weights.isfinite().all():
+                    raise ValueError(f"not all weights of {name} are numbers")
+                if not {tensor.shape for tensor in checkpoint["optimizer"][name].values()} <= {(), weights.shape}:
+                    raise ValueError(f"its optimizer's state does not fit {name}")          # PyTorch would not look
+            if tokenizer_size(checkpoint["tokenizer"]) > model.config.vocab_size:
+                raise ValueError("its tokenizer knows more tokens than its model")
         except OSError as error:
             raise UserError(f"{path} cannot be read ({reason(error)}); mend that and try again") from None
-        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, TypeError, ValueError) as error:
+        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, LookupError, TypeError,
+                ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged, or of another model.py ({reason(error)}); take another run by --out, "
                             "or copy the other of last.pt and best.pt over it, or train again") from None
         return model.to(device), checkpoint
@@ -575,16 +582,16 @@ def sample(logits, temperature, top_k):
     return torch.multinomial(torch.softmax(logits / max(temperature, 1e-30), dim=-1), 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the programs share: what a checkpoint holds, a device, and a precision.
+# --- What the programs share: what a checkpoint holds, a device, and a precision -------------------------------------
 
-CHECKPOINT_FORMAT = 2                              # goes up when old weights would compute something else
+CHECKPOINT_FORMAT = 3                              # goes up when old checkpoints would mean something else
 CHECKPOINT = dict(format=int, model=dict, optimizer=dict, model_config=dict, train_config=dict, tokenizer=dict,
-                  data_sha256=str, step=int, seconds=float, best_val_loss=float, losses=list, log=list)
+                  data_sha256=dict, losses=list, log=list, seconds=float)
 
 
-def choose_device(name):
-    """The torch.device of that name; auto is CUDA or MPS where there is one, else the CPU. Raises UserError."""
+def choose_device(name, threads=None):
+    """The torch.device of that name; auto is CUDA or MPS where there is one, else the CPU. Raises UserError. A CPU
+    computes with so many threads; None is up to choose_threads."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:                                # torchrun: a GPU for each process
@@ -594,7 +601,28 @@ def choose_device(name):
     except (RuntimeError, AssertionError) as error:                             # no such backend, or none in this build
         raise UserError(f"--device={name} cannot be used here ({reason(error)}); take --device=cpu") from None
     torch.set_float32_matmul_precision("high")                                       # TF32, where a GPU has it
+    if name == "cpu":
+        choose_threads(threads)
     return torch.device(name)
+
+
+def choose_threads(wanted=None):
+    """Threads wait for one another after every product, so beside a program that keeps a core busy, as many as there are
+    cores are many times slower than fewer. Where no number is `wanted`, nor OMP_NUM_THREADS set, measures for 0.3 s how
+    many cores this process is given, and takes as many threads."""
+    cores = torch.get_num_threads()
+    if wanted is None and "OMP_NUM_THREADS" not in os.environ and cores > 1:
+        x, wall, cpu = torch.zeros(cores << 16), time.perf_counter(), time.process_time()
+        while time.perf_counter() - wall < 0.3:
+            x.sin_()                                                                 # work for all of them
+        wanted = max(1, int((time.process_time() - cpu) / (time.perf_counter() - wall) + 0.3))
+        if wanted < cores:
+            print(f"other programs use the CPU: {wanted} of {cores} threads (OMP_NUM_THREADS has it otherwise)",
+                  file=sys.stderr)
+    elif wanted is not None and wanted > os.cpu_count():
+        print(f"{wanted} threads are not to be had here: {cores}, so the last digits may differ", file=sys.stderr)
+        wanted = cores
+    torch.set_num_threads(wanted or cores)
 
 
 def autocast(device, dtype):

@@ -26,12 +26,10 @@ DATA, OUT = Path("data"), Path("out")                 # the data sets, and the r
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # The branch that the Hub itself converts to Parquet: it needs no data set script, which `datasets` no longer runs.
-OPENWEBTEXT, OPENWEBTEXT_TOKENS = dict(path="Skylion007/openwebtext", revision="refs/convert/parquet"), 9.04e9
+OPENWEBTEXT = dict(path="Skylion007/openwebtext", revision="refs/convert/parquet")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How all programs here talk to their user and write files
-
+# --- How all programs here talk to their user and write files --------------------------------------------------------
 
 class UserError(ValueError):
     """Something that the user can put right: one sentence that says what is wrong, where, and what to do."""
@@ -48,6 +46,10 @@ def reason(error):
 
 def run(main):
     """Runs a program. A UserError becomes one sentence and exit status 1; a bug keeps its traceback."""
+    for name in "stdin", "stdout", "stderr":                                  # closed ones would be the next open files
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    sys.stdout.reconfigure(errors="replace")                                  # a terminal may lack a character
     try:
         main()
     except UserError as error:
@@ -55,19 +57,15 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except BrokenPipeError:                                                   # `sample.py | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        os._exit(1)
 
 
-class Parser(argparse.ArgumentParser):
-    """Help that shows the program's own text; a mistake gets one sentence and exit status 2."""
-
-    def __init__(self, description, **options):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, **options)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+def new_parser(text, **options):
+    """An ArgumentParser whose help shows the program's own text; a mistake gets one sentence and exit status 2."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=text, formatter_class=layout, allow_abbrev=False, **options)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see {parser.prog} --help\n")
+    return parser
 
 
 def whole(text):
@@ -78,13 +76,11 @@ def whole(text):
 
 
 def clock(seconds):
-    """h:mm:ss"""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"           # h:mm:ss
 
 
 class Progress:
-    """A line on standard error that says how far something is and how long it will still take: rewritten in place on a
-    terminal, printed every half minute elsewhere."""
+    """A line on standard error with the time left: rewritten in place on a terminal, elsewhere once in 30 seconds."""
 
     def __init__(self, total, done=0):
         self.total, self.first, self.started = total, done, time.perf_counter()
@@ -112,8 +108,7 @@ def write(path, write_to):
         write_to(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                                  # torch.save raises either
-        raise UserError(f"{path} could not be written ({reason(error)}); what was saved before is intact: make room, "
-                        "fix the permissions, or name another place, and try again") from None
+        raise UserError(f"{path} could not be written ({reason(error)}); what was there is intact: make room") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -127,9 +122,7 @@ def newest_run():
     return runs[-1].parent
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers. `spec` is what meta.json and every checkpoint keep of one; `tokenizer_from` makes it again.
-
+# --- Tokenizers. `spec` is what meta.json and every checkpoint keep of one; `tokenizer_from` makes it again ----------
 
 class CharTokenizer:
     """One token per distinct character."""
@@ -154,7 +147,6 @@ class CharTokenizer:
 
 class GPT2Tokenizer:
     """GPT-2's byte-pair encoding, by tiktoken."""
-
     spec, vocab_size, end_of_text = {"kind": "gpt2"}, 50257, 50256
 
     def __init__(self):
@@ -178,17 +170,17 @@ def tokenizer_from(spec):
 
 
 def tokenizer_size(spec):
-    return len(spec["chars"]) if spec["kind"] == "char" else GPT2Tokenizer.vocab_size
+    """Without making it. Raises LookupError where the specification is of no tokenizer."""
+    return {"char": len(spec.get("chars", "")), "gpt2": GPT2Tokenizer.vocab_size}[spec["kind"]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A data set on disk
-
+# --- A data set on disk ----------------------------------------------------------------------------------------------
 
 def save(name, tokenizer, source, chunks):
     """Writes data/<name>/ from `chunks`, which yields ("train" or "val", token ids). Files are moved there when all are
     complete, meta.json last: an interrupted data set is none, and never passes for a whole one."""
-    folder, tokens, digest = DATA / name, {"train": 0, "val": 0}, hashlib.sha256()
+    folder, tokens = DATA / name, {"train": 0, "val": 0}
+    digests = {split: hashlib.sha256() for split in tokens}
     try:
         DATA.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=DATA, prefix=f"{name}.", suffix=".tmp") as new:
@@ -197,10 +189,11 @@ def save(name, tokenizer, source, chunks):
                     ids = np.asarray(ids, dtype=np.uint16)
                     (train if split == "train" else val).write(ids)
                     tokens[split] += len(ids)
-                    digest.update(ids)
+                    digests[split].update(ids)
             if min(tokens.values()) < 2:
                 raise UserError(f"{source} is too short to be split (tokens: {tokens}); give more text")
-            meta = dict(tokenizer=tokenizer.spec, source=source, sha256=digest.hexdigest(), tokens=tokens)
+            sha256 = {split: digest.hexdigest() for split, digest in digests.items()}
+            meta = dict(tokenizer=tokenizer.spec, source=source, sha256=sha256, tokens=tokens)
             Path(new, "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
             folder.mkdir(exist_ok=True)
             (folder / "meta.json").unlink(missing_ok=True)                    # until it is back, no data set
@@ -212,16 +205,13 @@ def save(name, tokenizer, source, chunks):
 
 def load(name):
     """A prepared data set: its meta.json as a dict, and {"train": ids, "val": ids} as read-only uint16 arrays on disk.
-
     Raises UserError, with the command to run, where it is missing, incomplete or damaged."""
     try:
         meta = json.loads((DATA / name / "meta.json").read_text(encoding="utf-8"))
-        vocab_size, tokens, _ = tokenizer_size(meta["tokenizer"]), meta["tokens"], meta["sha256"]
+        tokenizer_size(meta["tokenizer"])
         splits = {split: np.memmap(DATA / name / f"{split}.bin", np.uint16, "r") for split in ("train", "val")}
-        if {split: len(ids) for split, ids in splits.items()} != tokens:
-            raise ValueError(f"meta.json counts {tokens} tokens, and the files have more or less")
-        if (largest := max(int(ids[:10_000_000].max()) for ids in splits.values())) >= vocab_size:
-            raise ValueError(f"token {largest} is outside its vocabulary of {vocab_size}")
+        if {split: hashlib.sha256(ids).hexdigest() for split, ids in splits.items()} != meta["sha256"]:
+            raise ValueError("its tokens are not those that were written")
         return meta, splits
     except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         prepared = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
@@ -230,9 +220,7 @@ def load(name):
                         f"run: python prepare.py {source}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where text comes from
-
+# --- Where text comes from -------------------------------------------------------------------------------------------
 
 def read_text(path):
     """The text of a UTF-8 file; - is standard input."""
@@ -243,7 +231,7 @@ def read_text(path):
 
 
 def shakespeare():
-    """Tiny Shakespeare, from data/shakespeare_char/input.txt if it lies there, else downloaded to there."""
+    """Tiny Shakespeare, from data/shakespeare_char/input.txt if it lies there, else downloaded."""
     path = DATA / "shakespeare_char" / "input.txt"
     there, advice = path.exists(), f"save {SHAKESPEARE_URL} as {path}, or take pydoc, which needs no download"
     try:
@@ -252,8 +240,6 @@ def shakespeare():
         raise DownloadError(f"tiny Shakespeare cannot be downloaded ({reason(error)}); {advice}") from None
     if hashlib.sha256(text.encode()).hexdigest() != SHAKESPEARE_SHA256:
         raise UserError(f"{path if there else SHAKESPEARE_URL} is not tiny Shakespeare (its SHA-256 differs); {advice}")
-    if not there:
-        write(path, lambda temporary: temporary.write_bytes(text.encode()))
     return text, SHAKESPEARE_URL
 
 
@@ -266,6 +252,19 @@ def pydoc():
 SOURCES = {"shakespeare_char": (shakespeare, "char"), "shakespeare": (shakespeare, "gpt2"), "pydoc": (pydoc, "char")}
 
 
+def find(name):
+    """A data set's name, meta and splits. Small ones are prepared on the way; None is tiny Shakespeare, or pydoc."""
+    if name is None:
+        try:
+            return find("shakespeare_char")
+        except DownloadError as error:
+            print(f"{error}; training on pydoc, Python's language reference, instead")
+            return find("pydoc")
+    if name in SOURCES and not (DATA / name / "meta.json").exists():
+        prepare_text(name, *SOURCES[name])
+    return name, *load(name)
+
+
 def prepare_text(name, read, tokenizer):
     """Writes data/<name>/ from what read() gives, a text and its source. The last tenth is for validation."""
     text, source = read()
@@ -274,17 +273,15 @@ def prepare_text(name, read, tokenizer):
     save(name, tokenizer, source, (("train", tokenizer.encode(text[:cut])), ("val", tokenizer.encode(text[cut:]))))
 
 
-def openwebtext(tokenizer, limit, file=None):
-    """Yields ("train" or "val", ids) for each document of OpenWebText, from the Hub or a Parquet file, until there are
-    `limit` tokens; every 2,000th validates. However much is read, memory holds 512 documents."""
+def openwebtext(tokenizer, limit):
+    """Yields ("train", ids), or for every 2,000th document ("val", ids), until there are `limit` tokens."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError("openwebtext needs one more package; run: pip install datasets") from None
-    options = dict(path="parquet", data_files=file) if file else OPENWEBTEXT
-    progress, count, done = Progress(min(limit, OPENWEBTEXT_TOKENS)), 0, 0
+    progress, count, done = Progress(min(limit, 9.04e9)), 0, 0                # tokens
     try:
-        for batch in load_dataset(**options, split="train", streaming=True).iter(512):
+        for batch in load_dataset(**OPENWEBTEXT, split="train", streaming=True).iter(512):
             for ids in tokenizer.bpe.encode_ordinary_batch(batch["text"]):
                 ids = (ids + [tokenizer.end_of_text])[: limit - done]
                 yield "train" if count % 2000 else "val", ids
@@ -293,34 +290,37 @@ def openwebtext(tokenizer, limit, file=None):
                     return
             progress(done, f"{done / 1e6:,.1f}M of {progress.total / 1e6:,.0f}M tokens")
     except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{file or options['path']} cannot be read ({reason(error)}); connect to the network, or give "
-                        "a .parquet file with a column 'text'") from None
+        raise UserError(f"OpenWebText cannot be read ({reason(error)}); connect to the network, and try again") from None
     finally:
         progress.clear()
 
 
 def main(argv=None):
-    parser, known = Parser(__doc__), (*SOURCES, "openwebtext")
+    parser, known = new_parser(__doc__), (*SOURCES, "openwebtext")
     parser.add_argument("name", metavar="NAME", help=f"{', '.join(known)}, or the path of a UTF-8 text file")
     parser.add_argument("--tokenizer", choices=("char", "gpt2"), help="for a text of your own (default: char)")
     parser.add_argument("--tokens", type=whole, help="openwebtext: stop after so many (default: all, 9 billion, 18 GB)")
-    parser.add_argument("--source", metavar="FILE", help="openwebtext: a .parquet file (column 'text'), not the Hub")
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name made of another text")
     args = parser.parse_args(argv)
     web, name = args.name == "openwebtext", args.name if args.name in known else Path(args.name).stem
-    for flag, counts in ("tokenizer", args.name not in known), ("tokens", web), ("source", web):
-        if (value := getattr(args, flag)) is not None and not counts:
-            parser.error(f"--{flag}={value} does not go with {args.name}; leave it out")
+    if args.tokenizer and args.name in known or args.tokens is not None and not web:
+        parser.error(f"--tokenizer is for a text of your own, --tokens for openwebtext; leave it out for {args.name}")
     if args.tokens is not None and args.tokens < 1:
         parser.error(f"--tokens={args.tokens} must be at least 1, for example 1e9")
     if name in known and name != args.name:
         parser.error(f"{args.name} would overwrite the data set {name!r}, whose name is taken; rename the file")
     if web:
-        tokenizer, source = GPT2Tokenizer(), args.source or OPENWEBTEXT["path"]
-        save(name, tokenizer, source, openwebtext(tokenizer, args.tokens or sys.maxsize, args.source))
+        tokenizer = GPT2Tokenizer()
+        save(name, tokenizer, OPENWEBTEXT["path"], openwebtext(tokenizer, args.tokens or sys.maxsize))
     elif name in known:
         prepare_text(name, *SOURCES[name])
     else:
-        prepare_text(name, lambda: (read_text(args.name), args.name), args.tokenizer or "char")
+        source = "standard input" if args.name == "-" else str(Path(args.name).resolve())
+        with contextlib.suppress(OSError, LookupError, TypeError, ValueError):          # no data set is there
+            old = json.loads((DATA / name / "meta.json").read_text(encoding="utf-8"))["source"]
+            if not args.overwrite and (old != source or args.name == "-"):
+                parser.error(f"{DATA / name} was made of {old}, and would be lost; rename the file, or add --overwrite")
+        prepare_text(name, lambda: (read_text(args.name), source), args.tokenizer or "char")
     meta, splits = load(name)
     print(f"{DATA / name}: {len(splits['train']):,} training and {len(splits['val']):,} validation tokens, vocabulary "
           f"of {tokenizer_size(meta['tokenizer']):,}\nto train on it: python train.py --dataset={shlex.quote(name)}")

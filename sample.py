@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from model import GPT, autocast, choose_device
-from prepare import Parser, UserError, newest_run, read_text, run, tokenizer_from, whole, write
+from prepare import UserError, new_parser, newest_run, read_text, run, tokenizer_from, whole, write
 
 
 def parse(argv=None):
-    parser = Parser(__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("--out", type=Path, help="the run's folder (default: the newest in out/); its best.pt is read")
     parser.add_argument("--prompt", help="what to go on from (default: a line break)")
     parser.add_argument("--prompt_file", help="the same, from a UTF-8 file; - is standard input")
@@ -117,7 +117,6 @@ def draw_attention(model, tokenizer, idx, path):
 
 def main(argv=None):
     args = parse(argv)
-    sys.stdout.reconfigure(errors="replace")                                  # a terminal may lack a character
     device, out = choose_device(args.device), args.out or newest_run()
     path = out / "best.pt"
     model, checkpoint = GPT.load(path if path.exists() else out / "last.pt", device)   # stopped before it was validated

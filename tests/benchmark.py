@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import kernel  # noqa: E402
 from kernel import qv_attention, qv_decode, triton  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from prepare import Parser, Progress, UserError, reason, run  # noqa: E402
+from prepare import Progress, UserError, new_parser, reason, run  # noqa: E402
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 H, D, TOKENS = 12, 64, 16384                                 # training: heads, their width, tokens in each batch
@@ -369,7 +369,7 @@ def benchmark(seconds):
 
 
 def main(flags=None):
-    parser = Parser(__doc__, prog="kernel.py")
+    parser = new_parser(__doc__, prog="kernel.py")
     parser.add_argument("--compile_report", action="store_true", help="what the compiler makes of the kernels")
     parser.add_argument("--models", action="store_true", help="whole models instead of attention alone")
     parser.add_argument("--seconds", type=float, default=480, help="after these nothing new is measured (default: 480)")

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import train  # noqa: E402
 from model import ATTENTIONS, GPT, POSITIONS, autocast, choose_device  # noqa: E402
-from prepare import OUT, Parser, UserError, clock, reason, run, whole, write  # noqa: E402
+from prepare import OUT, UserError, clock, find, new_parser, reason, run, whole, write  # noqa: E402
 from report import ONLY, report  # noqa: E402
 
 TRAIN, ASSETS = ROOT / "train.py", Path("assets")
@@ -47,7 +47,7 @@ def parse(argv):
     def numbers(text):
         return [whole(part) for part in text.split(",")]
 
-    parser = Parser(__doc__, epilog="Any other flag goes to train.py, as --name=value; see train.py --help.\n"
+    parser = new_parser(__doc__, epilog="Any other flag goes to train.py, as --name=value; see train.py --help.\n"
                     "One that counts for some attentions only, such as --d_ctx, is given to those only.")
     for name, kind, default, help in (
             ("attention", some(ATTENTIONS), "qkv,qv,qv_ka", f"some of {','.join(ATTENTIONS)}; or all"),
@@ -68,8 +68,8 @@ def parse(argv):
     for name, flag in flags.items():
         if name == "resume" or not flag.startswith("--"):
             raise UserError(f"{flag} is not for here: write --name=value, and go on with a sweep by its own command")
-    if any(number is not None and number < 1 for number in (args.seeds, args.workers, *args.lengths)):
-        raise UserError("--seeds, --workers and --lengths must be at least 1")
+    if not all(1 <= number <= 1000 for number in (args.seeds, args.workers or 1, *args.lengths)):
+        raise UserError("--seeds, --workers and --lengths must lie between 1 and 1,000")
     return args, flags
 
 
@@ -77,7 +77,7 @@ def plan(args, flags):
     """All runs asked for, {folder: command line}. Those of one seed stand side by side, so that a sweep is balanced
     wherever it stops. Each gets the flags that count for it. Raises UserError for what train.py refuses."""
     preset = train.PRESETS.get(flags.get("preset", "").partition("=")[2], {})
-    dataset = train.find_data(args.dataset or preset.get("dataset"), print)[0]   # made once, before many runs need it
+    dataset = find(args.dataset or preset.get("dataset"))[0]   # made once, before many runs need it
     runs, used = {}, set()
     seeds = range(args.seed, args.seed + args.seeds)
     for seed, pos, attention in itertools.product(seeds, args.pos, args.attention):
@@ -157,10 +157,11 @@ def record(folder):
     """Writes and returns what the report needs of a run. Raises UserError where training has not come to its end."""
     model, checkpoint = GPT.load(folder / "last.pt")
     training, config, log = checkpoint["train_config"], checkpoint["model_config"], checkpoint["log"]
-    if checkpoint["step"] < training["max_steps"]:
-        raise UserError(f"it ended at step {checkpoint['step']} of {training['max_steps']}")
+    steps = len(checkpoint["losses"])
+    if steps < training["max_steps"]:
+        raise UserError(f"it ended at step {steps} of {training['max_steps']}")
     best = min(log, key=lambda entry: entry["val_loss"])
-    early = checkpoint["losses"][: -(-checkpoint["step"] // 5)]                  # of the first fifth of the steps
+    early = checkpoint["losses"][: -(-steps // 5)]                  # of the first fifth of the steps
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     found = dict(
         preset=training["preset"], dataset=training["dataset"], attention=config["attention"], pos=config["pos"],
@@ -170,7 +171,7 @@ def record(folder):
         early_curve=[round(float(part.mean()), 4) for part in np.array_split(early, min(25, len(early)))],
         attention_parameters=sum(size for name, size in sizes.items() if "attention" in name),
         parameters=sum(sizes.values()), cache_bytes_per_token=model.eval().cache_bytes()[1],
-        tokens_per_second=max(entry["tokens_per_second"] for entry in log),
+        tokens_per_second=round(steps * training["batch_size"] * config["block_size"] / checkpoint["seconds"]),
         log=[(entry["step"], round(entry["val_loss"], 4), entry["seconds"]) for entry in log])
     write_json(folder / "record.json", found)
     return found
@@ -179,26 +180,26 @@ def record(folder):
 def evaluate_lengths(folder, times):
     """Adds to a run's record the losses of its best.pt in windows of so many times its context: those that are not
     there yet, and that the data is long enough for."""
-    found = json.loads((folder / "record.json").read_text())
+    found = json.loads((folder / "record.json").read_text("utf-8"))
     if found["pos"] == "learned":
         return
     model, checkpoint = GPT.load(folder / "best.pt")
-    if checkpoint["best_val_loss"] != found["best_val_loss"]:
+    if checkpoint["log"][-1]["val_loss"] != found["best_val_loss"]:              # best.pt knows no later ones
         raise UserError(f"{folder} was trained on after its record.json was made; remove it, or leave --lengths out")
     training, size, losses = checkpoint["train_config"], model.config.block_size, found["val_loss_by_length"]
-    val, device = train.find_data(found["dataset"], print)[2]["val"], choose_device(training["device"])
+    val, device = find(found["dataset"])[2]["val"], choose_device(training["device"])
     rows = training["micro_batch_size"] or training["batch_size"]
     for length in (n * size for n in times if str(n * size) not in losses and n * size < len(val)):
         longer = GPT(replace(model.config, block_size=length)).to(device)
         longer.load_state_dict(model.state_dict())
         context, windows = autocast(device, training["dtype"]), max(1, rows * size // length)
-        total, count = train.evaluate(longer, val, length, windows, context, training["eval_tokens"])
+        total, count = train.evaluate(longer, val, windows, context, training["eval_tokens"])
         losses[str(length)] = total / count
         write_json(folder / "record.json", found)
 
 
 def write_json(path, value):
-    write(path, lambda temporary: temporary.write_text(json.dumps(value)))
+    write(path, lambda temporary: temporary.write_text(json.dumps(value), "utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def write_json(path, value):
 def stored(path):
     """The records of a results.json; none where there is no such file."""
     try:
-        return json.loads(path.read_text()) if path.exists() else []
+        return json.loads(path.read_text("utf-8")) if path.exists() else []
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({reason(error)}); mend or remove it") from None
 
@@ -228,7 +229,7 @@ def main(argv=None):
     for folder in runs:
         if args.lengths and (folder / "record.json").exists():
             evaluate_lengths(folder, args.lengths)
-    newer = [json.loads(path.read_text()) for path in sorted(args.out.glob("*/record.json"))]
+    newer = [json.loads(path.read_text("utf-8")) for path in sorted(args.out.glob("*/record.json"))]
     if older or newer or not failed:
         report(older + newer, ASSETS if args.assets else args.out)
     if failed:

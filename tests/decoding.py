@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model import ATTENTIONS, GPT, POSITIONS, GPTConfig, autocast, choose_device  # noqa: E402
-from prepare import Parser, Progress, run, whole, write  # noqa: E402
+from prepare import Progress, new_parser, run, whole, write  # noqa: E402
 
 # The five attentions, and those of them that can share, with one head of keys or values.
 VARIANTS = {name: dict(attention=name, n_kv_head=None) for name in ATTENTIONS} | {
@@ -28,7 +28,7 @@ VARIANTS = {name: dict(attention=name, n_kv_head=None) for name in ATTENTIONS} |
 
 
 def parse(argv=None):
-    parser = Parser(__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("--pos", default=",".join(POSITIONS), help="kinds of positions, with commas (default: all)")
     parser.add_argument("--context", type=whole, default=1024, help="tokens remembered at the end (default: 1024)")
     parser.add_argument("--tokens", type=whole, default=64, help="tokens measured with the cache (default: 64)")

@@ -251,7 +251,7 @@ def report(records, folder):
     comparisons = [Comparison([run for key, run in runs.items() if key[:2] == kind]) for kind in kinds]
     text = "\n".join([MEANING, *(comparison.markdown() for comparison in comparisons)])
     lines = "[\n" + ",\n".join(json.dumps(run) for run in runs.values()) + "\n]\n"
-    write(folder / "results.json", lambda temporary: temporary.write_text(lines))
+    write(folder / "results.json", lambda temporary: temporary.write_text(lines, encoding="utf-8"))
     write(folder / "results.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
     compared = [comparison for comparison in comparisons if any(comparison.gap(*group) for group in comparison.groups)]
     draw(folder / "results.png", compared, Comparison.draw_gaps, 7)
