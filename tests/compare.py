@@ -68,7 +68,7 @@ def parse(argv):
     for name, flag in flags.items():
         if name == "resume" or not flag.startswith("--"):
             raise UserError(f"{flag} is not for here: write --name=value, and go on with a sweep by its own command")
-    if not all(1 <= number <= 1000 for number in (args.seeds, args.workers or 1, *args.lengths)):
+    if not all(1 <= number <= 1000 for number in (args.seeds, args.workers, *args.lengths) if number is not None):
         raise UserError("--seeds, --workers and --lengths must lie between 1 and 1,000")
     return args, flags
 

@@ -1,5 +1,6 @@
 """What the tests of the programs share: a folder with a small data set and a trained run, and ways to run a program."""
 
+import gc
 import importlib
 import json
 import os
@@ -35,14 +36,18 @@ def trained(tmp_path_factory):
         Path("tiny.txt").write_text(TEXT)
         assert call("prepare", "tiny.txt") is None
         assert call("train", *TINY, "--out=out/run") is None
-    return folder
+    gc.freeze()                        # call() need not look at all that was imported
+    yield folder
+    gc.unfreeze()
 
 
 @pytest.fixture
 def folder(trained, tmp_path, monkeypatch):
-    """A copy of that folder, which is the current one."""
+    """A copy of that folder, which is the current one; its data set names the copy's text as its source."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    meta = Path("data/tiny/meta.json")
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "source": str(Path("tiny.txt").resolve())}))
     return tmp_path
 
 
@@ -65,6 +70,7 @@ def call(program, *flags):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        gc.collect()                   # closes the lock on a run's folder, which the end of a process would
 
 
 def program(*command, **options):

@@ -75,7 +75,7 @@ def sweep(trained, tmp_path_factory):
         threading.Thread(target=interrupt, args=(signal.SIGINT, "*/best.pt")).start()
         sentence = call("compare", *SWEEP, "--workers=1")
         assert sentence.endswith("stopped, and each run is saved; the same command goes on with them")
-        stopped = [torch.load(path, weights_only=True)["step"] for path in Path("out/compare").glob("*/last.pt")]
+        stopped = [len(torch.load(path, weights_only=True)["losses"]) for path in Path("out/compare").glob("*/last.pt")]
         assert stopped and all(0 < step < STEPS for step in stopped)
         assert call("compare", *SWEEP, "--lengths=1,2") is None
         yield folder
@@ -114,9 +114,9 @@ def test_every_figure_of_the_report_is_of_the_runs(swept):
     assert [cell.strip("*") for cell in groups["qv"][:5]] == ["agf", "qv", "2", pm(losses["qv"]), gap]
     assert groups["qv"][6:9] == [f"{sizes[0]:,}", f"{sizes[1]:,}", "64"] and groups["qkv"][8] == "128"
     assert groups["qkv"][3:5] == [pm(losses["qkv"]), ""]
-    speeds = [json.loads(line)["tokens_per_second"] for seed in (1337, 1338)
-              for line in (place("qv", seed) / "log.jsonl").read_text().splitlines()]
-    assert groups["qv"][9] == f"{max(speeds):,}"
+    speeds = [STEPS * 4 * 16 / torch.load(place("qv", seed) / "last.pt", weights_only=True)["seconds"]
+              for seed in (1337, 1338)]
+    assert groups["qv"][9] == f"{max(speeds):,.0f}"
     last = torch.load(place("qv", 1338) / "last.pt", weights_only=True)
     stored = [run for run in json.loads(Path("out/compare/results.json").read_text()) if run["attention"] == "qv"]
     assert [run["seed"] for run in stored] == [1337, 1338] and stored[0]["flags"] == stored[1]["flags"]
@@ -202,7 +202,7 @@ def test_a_finished_run_without_a_record_gets_it_and_a_stopped_one_is_resumed(ca
     assert call("compare", *flags) is None and (run / "record.json").exists()
     assert "--resume" not in calls()[0] and calls()[1] == [*calls()[0][:-1], "--resume", calls()[0][-1]]
     unfinished = torch.load("out/run/last.pt", weights_only=True)
-    torch.save({**unfinished, "step": 5}, "out/run/last.pt")
+    torch.save({**unfinished, "losses": unfinished["losses"][:5]}, "out/run/last.pt")
     assert "failed: it ended at step 5 of 6" in call("compare", *FLAGS, "--attention=qkv", "--seeds=1", "--pos=rope")
 
 
@@ -352,10 +352,10 @@ def test_the_readme_shows_what_the_stored_runs_say(tmp_path, monkeypatch):
     (["--attentoin=qv"], "unrecognized arguments: --attentoin=qv"),
     (["--attention=qkv,qkw"], "'qkw'"),
     (["--pos=none"], "'none'"),
-    (["--seeds=0"], "--seeds, --workers and --lengths must be at least 1"),
+    (["--seeds=0"], "--seeds, --workers and --lengths must lie between 1 and 1,000"),
     (["--seeds=2.5"], "argument --seeds: "),
-    (["--workers=0"], "--seeds, --workers and --lengths must be at least 1"),
-    (["--lengths=1,0"], "--seeds, --workers and --lengths must be at least 1"),
+    (["--workers=0"], "--seeds, --workers and --lengths must lie between 1 and 1,000"),
+    (["--lengths=1,0"], "--seeds, --workers and --lengths must lie between 1 and 1,000"),
     (["--lengths=long"], "argument --lengths: "),
     (["--resume"], "--resume is not for here: write --name=value, and go on with a sweep by its own command"),
     (["--n_inner", "8"], "8 is not for here: write --name=value"),

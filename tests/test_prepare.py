@@ -22,8 +22,8 @@ def test_a_prepared_text_comes_back(folder):
     tokenizer = prepare.tokenizer_from(meta["tokenizer"])
     assert b"".join(tokenizer.decode(splits[name]) for name in ("train", "val")).decode() == TEXT
     assert len(splits["train"]) == int(0.9 * len(TEXT)) == meta["tokens"]["train"]
-    assert splits["train"].dtype == np.uint16 and meta["source"] == "tiny.txt"
-    assert meta["sha256"] == hashlib.sha256(splits["train"].tobytes() + splits["val"].tobytes()).hexdigest()
+    assert splits["train"].dtype == np.uint16 and meta["source"] == str(Path("tiny.txt").resolve())
+    assert meta["sha256"] == {name: hashlib.sha256(ids.tobytes()).hexdigest() for name, ids in splits.items()}
     assert [path.name for path in Path("data").iterdir()] == ["tiny"], "no temporary folder is left"
 
 
@@ -65,14 +65,15 @@ def server(tmp_path, monkeypatch):
         httpd.shutdown()
 
 
-def test_shakespeare_is_downloaded_checked_and_kept(folder, server, monkeypatch):
+def test_shakespeare_is_downloaded_and_checked(folder, server, monkeypatch):
     assert "is not tiny Shakespeare (its SHA-256 differs)" in call("prepare", "shakespeare_char")
     assert not Path("data/shakespeare_char").exists()
     monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
     assert call("prepare", "shakespeare_char") is None
+    assert {path.name for path in Path("data/shakespeare_char").iterdir()} == {"train.bin", "val.bin", "meta.json"}
     monkeypatch.setattr(prepare, "SHAKESPEARE_URL", "http://127.0.0.1:9/")
-    assert call("prepare", "shakespeare_char") is None, "again, from input.txt, without the network"
-    assert Path("data/shakespeare_char/input.txt").read_text() == TEXT
+    shutil.copy("tiny.txt", "data/shakespeare_char/input.txt")
+    assert call("prepare", "shakespeare_char") is None, "from input.txt, without the network"
 
 
 def test_real_shakespeare(folder):
@@ -86,23 +87,25 @@ def test_real_shakespeare(folder):
     assert (len(splits["train"]), len(splits["val"]), len(meta["tokenizer"]["chars"])) == (1_003_854, 111_540, 65)
 
 
-def test_openwebtext_streams_from_parquet(folder, gpt2):
+def test_openwebtext_streams_from_parquet(folder, gpt2, monkeypatch):
     pytest.importorskip("datasets", reason="openwebtext needs the package datasets, which is not installed")
     import pyarrow
     import pyarrow.parquet
 
     texts = [f"Document number {i} says {'very ' * (i % 5)}little." for i in range(2500)]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "web.parquet")
-    assert call("prepare", "openwebtext", "--source=web.parquet") is None
+    monkeypatch.setattr(prepare, "OPENWEBTEXT", dict(path="parquet", data_files="web.parquet"))
+    assert call("prepare", "openwebtext") is None
     _, splits = prepare.load("openwebtext")
     documents = gpt2.decode(splits["val"].tolist()).decode().split("<|endoftext|>")
     assert documents == [texts[0], texts[2000], ""]
     assert gpt2.decode(splits["train"].tolist()).decode().count("<|endoftext|>") == 2498
     before = contents()
+    prepare.OPENWEBTEXT["data_files"] = "bad.parquet"
     Path("bad.parquet").write_text("no parquet")
-    assert "bad.parquet cannot be read" in call("prepare", "openwebtext", "--source=bad.parquet")
+    assert "OpenWebText cannot be read" in call("prepare", "openwebtext")
     pyarrow.parquet.write_table(pyarrow.table({"text": [None] * 3}), "bad.parquet")
-    assert "bad.parquet cannot be read" in call("prepare", "openwebtext", "--source=bad.parquet")
+    assert "OpenWebText cannot be read" in call("prepare", "openwebtext")
     Path("bad.parquet").unlink()
     assert contents() == before, "the data set before is kept"
 
@@ -191,9 +194,8 @@ MISUSE = [
     (["pydoc.txt"], "taken name", "would overwrite the data set 'pydoc'"),
     (["shakespeare_char"], "other input.txt", "data/shakespeare_char/input.txt is not tiny Shakespeare"),
     (["tiny.txt"], "file for data", "data/tiny could not be written"),
-    (["tiny.txt", "--tokens=5"], None, "--tokens=5 does not go with tiny.txt; leave it out"),
-    (["pydoc", "--source=a.parquet"], None, "--source=a.parquet does not go with pydoc; leave it out"),
-    (["shakespeare_char", "--tokenizer=gpt2"], None, "--tokenizer=gpt2 does not go with shakespeare_char"),
+    (["tiny.txt", "--tokens=5"], None, "--tokens for openwebtext; leave it out for tiny.txt"),
+    (["shakespeare_char", "--tokenizer=gpt2"], None, "--tokenizer is for a text of your own"),
     (["openwebtext", "--tokens=-5"], None, "--tokens=-5 must be at least 1, for example 1e9"),
     (["openwebtext", "--tokens=inf"], None, "inf must be a whole number"),
     (["openwebtext", "--tokens=many"], None, "argument --tokens: invalid whole value: 'many'"),
