@@ -76,7 +76,7 @@ class TrainConfig:
     def __post_init__(self):
         for name, value in vars(self).items():
             least = name in ("threads", "batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_tokens")
-            end = 1 if name == "beta2" else math.inf
+            end = {"beta2": 1, "batch_size": 2**20}.get(name, math.inf)
             if isinstance(value, (int, float)) and not least <= value < end:
                 raise UserError(f"{name}={value} must be at least {int(least)}, and less than {end}")
         unit = WORLD * (self.micro_batch_size or 1)

@@ -112,4 +112,5 @@ def misused(capsys, name, flags, words):
 
 
 def contents():
-    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    """Every file's bytes, and of folders, pipes and the like what they are."""
+    return {path: path.read_bytes() if path.is_file() else path.lstat().st_mode for path in Path().rglob("*")}

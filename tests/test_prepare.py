@@ -1,4 +1,4 @@
-"""prepare.py as its users run it, and as they misuse it."""
+"""prepare.py as its users run it. How they misuse it is in test_misuse.py."""
 
 import hashlib
 import http.server
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TEXT, call, contents, limited_file_size, misused
+from conftest import ROOT, TEXT, call, contents, limited_file_size
 
 import prepare
 
@@ -170,40 +170,3 @@ def test_progress_says_how_far_and_how_long(monkeypatch, capsys):
         progress(done, f"{done} done")
     assert capsys.readouterr().err == "41 done, 0:00:59 left\n72 done, 0:00:28 left\n"
     assert prepare.clock(3 * 3600 + 62) == "3:01:02"
-
-
-DAMAGE = {
-    "empty text": lambda: Path("empty.txt").write_text(""),
-    "short text": lambda: Path("short.txt").write_text("abcdefghij"),
-    "binary text": lambda: Path("binary.txt").write_bytes(b"abc\xff\xfe" * 50),
-    "taken name": lambda: Path("pydoc.txt").write_text(TEXT),
-    "other input.txt": lambda: (Path("data/shakespeare_char").mkdir(),
-                                Path("data/shakespeare_char/input.txt").write_text(TEXT)),
-    "file for data": lambda: (shutil.rmtree("data"), Path("data").write_text("")),
-    None: lambda: None,
-}
-
-MISUSE = [
-    # flags, what is damaged before, words of the sentence
-    ([], None, "the following arguments are required: NAME"),
-    (["nowhere.txt"], None, "nowhere.txt cannot be read as UTF-8 text (No such file or directory"),
-    (["data"], None, "data cannot be read as UTF-8 text (Is a directory"),
-    (["empty.txt"], "empty text", "empty.txt is too short to be split"),
-    (["short.txt"], "short text", "short.txt is too short to be split (tokens: {'train': 9, 'val': 1})"),
-    (["binary.txt"], "binary text", "binary.txt cannot be read as UTF-8 text ('utf-8' codec can't decode byte 0xff"),
-    (["pydoc.txt"], "taken name", "would overwrite the data set 'pydoc'"),
-    (["shakespeare_char"], "other input.txt", "data/shakespeare_char/input.txt is not tiny Shakespeare"),
-    (["tiny.txt"], "file for data", "data/tiny could not be written"),
-    (["tiny.txt", "--tokens=5"], None, "--tokens for openwebtext; leave it out for tiny.txt"),
-    (["shakespeare_char", "--tokenizer=gpt2"], None, "--tokenizer is for a text of your own"),
-    (["openwebtext", "--tokens=-5"], None, "--tokens=-5 must be at least 1, for example 1e9"),
-    (["openwebtext", "--tokens=inf"], None, "inf must be a whole number"),
-    (["openwebtext", "--tokens=many"], None, "argument --tokens: invalid whole value: 'many'"),
-    (["tiny.txt", "--tokenizer=words"], None, "invalid choice: 'words'"),
-]
-
-
-@pytest.mark.parametrize("flags,damage,words", MISUSE, ids=[words[:40] for _, _, words in MISUSE])
-def test_misuse_gets_one_sentence(folder, capsys, flags, damage, words):
-    DAMAGE[damage]()
-    misused(capsys, "prepare", flags, words)

@@ -1,13 +1,12 @@
-"""sample.py as its users run it, and as they misuse it; and reading checkpoints, which it shares with train.py."""
+"""sample.py as its users run it. How they misuse it is in test_misuse.py."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, call, checkpoint, misused
+from conftest import ROOT, TINY, call
 
 import model
 import sample
@@ -91,93 +90,3 @@ def test_a_dollar_is_drawn_as_it_is(folder, capsys):
     assert call("prepare", "dollars.txt") is None
     assert call("train", "--dataset=dollars", *TINY[1:], "--out=out/$^$", "--max_steps=3") is None
     assert call("sample", "--prompt=$^$_{}\\", "--attention_map=map.png") is None
-
-
-# Misuse ---------------------------------------------------------------------------------------------------------------
-
-BEST = Path("out/run/best.pt")
-
-
-def change(**changes):
-    """Gives best.pt other contents."""
-    def damage():
-        torch.save({**checkpoint("out/run"), **changes}, BEST)
-    return damage
-
-
-def overwrite():
-    raw = BEST.read_bytes()
-    BEST.write_bytes(raw[: len(raw) // 2] + bytes(200) + raw[len(raw) // 2 + 200 :])
-
-
-def other_config(**changes):
-    return lambda: change(model_config={**checkpoint("out/run")["model_config"], **changes})()
-
-
-DAMAGE = {
-    "truncated": lambda: BEST.write_bytes(BEST.read_bytes()[:3000]),
-    "empty": lambda: BEST.write_bytes(b""),
-    "corrupt": overwrite,
-    "text": lambda: BEST.write_text("hello"),
-    "folder": lambda: (BEST.unlink(), BEST.mkdir()),
-    "zip": lambda: (BEST.unlink(), shutil.make_archive("archive", "zip", "data"), Path("archive.zip").rename(BEST)),
-    "other keys": lambda: torch.save({"format": model.CHECKPOINT_FORMAT, "model": {}}, BEST),
-    "list": lambda: torch.save([1, 2], BEST),
-    "older": change(format=0),
-    "wrong type": change(losses=3),
-    "code": lambda: torch.save(print, BEST),
-    "foreign attention": other_config(attention="mine"),
-    "foreign option": other_config(mine=3),
-    "wrong option": other_config(n_layer="two"),
-    "other shapes": other_config(n_embd=32),
-    "other weights": change(model={"wte.weight": 3}),
-    "no runs": lambda: shutil.rmtree("out"),
-    "binary text": lambda: Path("binary.txt").write_bytes(b"abc\xff\xfe" * 50),
-    "folder for picture": lambda: Path("map.png").mkdir(),
-    "file for folder": lambda: Path("taken").write_text(""),
-    None: lambda: None,
-}
-UNUSABLE = "out/run/best.pt is damaged, or of another model.py"
-
-MISUSE = [
-    # flags, what is damaged before, words of the sentence
-    (["--out=out/nowhere"], None, "there is no checkpoint out/nowhere/last.pt"),
-    (["--out=out/run/best.pt"], None, "there is no checkpoint out/run/best.pt/last.pt; --out takes the folder"),
-    ([], "no runs", "there is no run in out/"),
-    ([], "folder", "there is no checkpoint out/run/best.pt"),
-    *[([], damage, UNUSABLE) for damage in (
-        "truncated", "empty", "corrupt", "text", "zip", "other keys", "list", "older", "wrong type", "code",
-        "foreign option", "wrong option", "other shapes", "other weights")],
-    ([], "foreign attention", "attention='mine' is unknown"),
-    (["--prompt=naïve"], None, "character 'ï' (number 3 of the text) is not among the"),
-    (["--prompt="], None, "the prompt is empty"),
-    (["--prompt=a", "--prompt_file=tiny.txt"], None, "--prompt and --prompt_file exclude each other"),
-    (["--prompt_file=nowhere.txt"], None, "nowhere.txt cannot be read"),
-    (["--prompt_file=binary.txt"], "binary text", "binary.txt cannot be read as UTF-8 text"),
-    (["--temperature=-1"], None, "--temperature=-1.0 must be at least 0"),
-    (["--temperature=nan"], None, "--temperature=nan must be at least 0"),
-    (["--top_k=0"], None, "--top_k=0 must be at least 1"),
-    (["--max_new_tokens=0"], None, "--max_new_tokens=0 must be at least 1"),
-    (["--num_samples=0"], None, "--num_samples=0 must be at least 1"),
-    (["--kernel=triton"], None, "--kernel=triton cannot be used here"),
-    (["--device=toaster"], None, "--device=toaster cannot be used here"),
-    (["--attention_map=a.pdf"], None, "--attention_map=a.pdf must end in .png"),
-    (["--prompt=a", "--attention_map=map.png"], None, "takes a prompt of 2 to 16 tokens"),
-    (["--prompt=hanging on the wall", "--attention_map=map.png"], None, "and this one has 19"),
-    (["--prompt=wall", "--attention_map=map.png"], "folder for picture", "map.png could not be written"),
-    (["--prompt=wall", "--attention_map=taken/map.png"], "file for folder", "taken/map.png could not be written"),
-]
-
-
-@pytest.mark.parametrize("flags,damage,words", MISUSE, ids=[f"{damage or words[:40]}" for _, damage, words in MISUSE])
-def test_misuse_gets_one_sentence(folder, capsys, flags, damage, words):
-    DAMAGE[damage]()
-    misused(capsys, "sample", flags, words)
-
-
-def test_an_unreadable_checkpoint_is_not_called_damaged(folder, monkeypatch):
-    def forbidden(*args):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(model.zipfile, "ZipFile", forbidden)
-    assert "out/run/best.pt cannot be read (Permission denied); mend that" in call("sample")

@@ -1,8 +1,7 @@
-"""train.py as its users run it, and as they misuse it."""
+"""train.py as its users run it. How they misuse it is in test_misuse.py."""
 
 import dataclasses
 import itertools
-import json
 import math
 import os
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, call, checkpoint, contents, limited_file_size, log, misused, program
+from conftest import ROOT, TEXT, TINY, call, checkpoint, contents, limited_file_size, log, program
 
 import model
 import prepare
@@ -430,81 +429,3 @@ def test_when_one_process_fails_both_leave(folder):
     assert "Error" not in errors + more_errors, more_errors
     assert [len(checkpoint(f"out/{where}")["losses"]) for where in ("stop", "nan")] == [5, 3]
     assert [path.name for path in Path("out/save").glob("*.pt")] == ["best.pt"]
-
-
-# Misuse ---------------------------------------------------------------------------------------------------------------
-
-DAMAGE = {
-    "truncated data": lambda: Path("data/tiny/train.bin").write_bytes(Path("data/tiny/train.bin").read_bytes()[:-4]),
-    "foreign tokens": lambda: Path("data/tiny/val.bin").write_bytes(b"\xff" * Path("data/tiny/val.bin").stat().st_size),
-    "missing data": lambda: Path("data/tiny/val.bin").unlink(),
-    "truncated meta": lambda: Path("data/tiny/meta.json").write_text('{"tokenizer": '),
-    "meta without tokens": lambda: Path("data/tiny/meta.json").write_text('{"tokenizer": {"kind": "gpt2"}}'),
-    "list for meta": lambda: Path("data/tiny/meta.json").write_text("[]"),
-    "other tokenizer": lambda: (Path("tiny.txt").write_text(TEXT + "~"), call("prepare", "tiny.txt")),
-    "other text": lambda: (Path("tiny.txt").write_text(TEXT[::-1]), call("prepare", "tiny.txt")),
-    "no runs": lambda: shutil.rmtree("out"),
-    "short text": lambda: (Path("short.txt").write_text("abcdefghij" * 3), call("prepare", "short.txt")),
-    "file for folder": lambda: Path("taken").write_text(""),
-    "file for out": lambda: (shutil.rmtree("out"), Path("out").write_text("")),
-    None: lambda: None,
-}
-NEW = [*TINY, "--out=out/new"]
-
-MISUSE = [
-    # flags, what is damaged before, words of the sentence
-    ([*NEW, "--attentoin=qv"], None, "unrecognized arguments: --attentoin=qv"),
-    ([*NEW, "--attention=qkw"], None, "argument --attention: invalid choice: 'qkw'"),
-    ([*NEW, "--kernel=cuda"], None, "invalid choice: 'cuda'"),
-    ([*NEW, "--n_layer=two"], None, "argument --n_layer: invalid whole value: 'two'"),
-    ([*NEW, "--max_steps=2.5"], None, "argument --max_steps: 2.5 must be a whole number"),
-    ([*NEW, "--n_embd=1e30"], None, "argument --n_embd: 1e30 must be a whole number below 2**53"),
-    ([*NEW, "--n_layer=0"], None, "n_layer=0 must be at least 1"),
-    ([*NEW, "--n_head=3"], None, "n_embd=16 must be a multiple of n_head=3, for example 18"),
-    ([*NEW, "--attention=gqa", "--n_kv_head=5"], None, "n_kv_head=5 must divide n_head=2"),
-    ([*NEW, "--attention=qkv", "--n_kv_head=1"], None, "--n_kv_head counts only with --attention=gqa"),
-    ([*NEW, "--attention=mla", "--d_rope=8"], None, "--d_rope counts only with --pos=rope; leave it out"),
-    ([*NEW, "--attention=qv", "--shared_wk"], None, "--shared_wk counts only with --attention=qv_ka; leave it out"),
-    ([*NEW, "--dropout=1.5"], None, "dropout=1.5 must lie in [0, 1)"),
-    ([*NEW, "--pos=rope", "--n_embd=18"], None, "n_embd=18 gives heads of odd width 9"),
-    ([*NEW, "--max_steps=0"], None, "max_steps=0 must be at least 1"),
-    ([*NEW, "--learning_rate=-1"], None, "learning_rate=-1.0 must be at least 0"),
-    ([*NEW, "--learning_rate=nan"], None, "learning_rate=nan must be at least 0, and less than"),
-    ([*NEW, "--beta2=1"], None, "beta2=1.0 must be at least 0, and less than 1"),
-    ([*NEW, "--seed=-1"], None, "seed=-1 must be at least 0"),
-    ([*NEW, "--n_embd=100000000000"], None, "memory ran out; lower --micro_batch_size"),
-    ([*NEW, "--micro_batch_size=3"], None, "batch_size=4 must be a multiple of 3, micro_batch_size x processes"),
-    ([*NEW, "--micro_batch_size=8"], None, "batch_size=4 must be a multiple of 8"),
-    ([*NEW, "--dataset=data/tiny"], None, "data set 'data/tiny' is missing or damaged"),
-    ([*NEW, "--device=cuda:99"], None, "--device=cuda:99 cannot be used here"),
-    ([*NEW, "--device=toaster"], None, "--device=toaster cannot be used here"),
-    ([*NEW, "--dtype=float8"], None, "invalid choice: 'float8'"),
-    ([*NEW, "--preset=huge"], None, "invalid choice: 'huge'"),
-    ([*NEW, "--kernel=triton"], None, "--kernel=triton cannot be used here"),
-    ([*NEW, "--dataset=nowhere"], None, "data set 'nowhere' is missing or damaged"),
-    ([*NEW, "--dataset=openwebtext"], None, "run: python prepare.py openwebtext"),
-    ([*NEW, "--block_size=100000"], None, "block_size=100000 must be less than"),
-    ([*NEW, "--dataset=short", "--block_size=32"], "short text", "block_size=32 must be less than the 27 tokens"),
-    ([*TINY, "--out=out/run"], None, "out/run holds a run already"),
-    ([*TINY, "--out=taken/run"], "file for folder", "taken/run is in use or cannot be written (Not a directory)"),
-    (TINY, "file for out", "out/tiny-qv_ka-agf is in use or cannot be written (Not"),
-    (["--resume", "--out=out/nowhere"], None, "there is no checkpoint out/nowhere/last.pt"),
-    (["--resume", "--out=out"], None, "there is no checkpoint out/last.pt; --out takes the folder of a run"),
-    (["--resume"], "no runs", "there is no run in out/"),
-    (["--resume", "--out=out/run", "--max_steps=9", "--eval_tokens=9"], None, "--eval_tokens=9 cannot change a run"),
-    (["--resume", "--out=out/run", "--n_embd=32"], None, "--n_embd=32 cannot change a run in the middle, which has 16"),
-    (["--resume", "--out=out/run", "--max_steps=9"], "other tokenizer", "is not the one that out/run was trained on"),
-    (["--resume", "--out=out/run", "--max_steps=9"], "other text", "is not the one that out/run was trained on"),
-    (NEW, "truncated data", "(its tokens are not those that were written; prepared are: tiny)"),
-    (NEW, "foreign tokens", "(its tokens are not those that were written; prepared are: tiny)"),
-    (NEW, "missing data", "No such file or directory: 'data/tiny/val.bin'; prepared are: tiny)"),
-    (NEW, "truncated meta", "data set 'tiny' is missing or damaged"),
-    (NEW, "meta without tokens", "data set 'tiny' is missing or damaged ('sha256'"),
-    (NEW, "list for meta", "data set 'tiny' is missing or damaged"),
-]
-
-
-@pytest.mark.parametrize("flags,damage,words", MISUSE, ids=[words[:40] for _, _, words in MISUSE])
-def test_misuse_gets_one_sentence(folder, capsys, flags, damage, words):
-    DAMAGE[damage]()
-    misused(capsys, "train", flags, words)
