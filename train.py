@@ -31,7 +31,7 @@ from model import CHECKPOINT_FORMAT, GPT, GPTConfig, autocast, choose_device, op
 from prepare import OUT, Progress, UserError, clock, new_parser, newest_run, reason, whole, write
 
 # This process among those that torchrun starts. Each has the whole model, and computes on its share of every batch.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = map(int, map(os.environ.get, ("RANK", "WORLD_SIZE")) if "MASTER_ADDR" in os.environ else (0, 1))
 
 # --- Configuration: defaults, under a preset, under flags. The two dataclasses are the command line ------------------
 

@@ -5,10 +5,13 @@ import itertools
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +251,20 @@ def test_resume_is_exact(folder, monkeypatch, whole, at, number):
     assert all(torch.equal(weights, parts["model"][name]) for name, weights in whole[0]["model"].items())
 
 
+def start(*flags, **options):
+    """Starts train.py in a process of its own."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *flags], **pipes, **options)
+
+
+def wait_for(process, words):
+    while not process.stdout.readline().startswith(words):
+        assert process.poll() is None
+
+
+LONG = [*TINY[:-3], "--max_steps=1e6", "--eval_interval=1e6", "--out=out/long"]
+
+
 def test_a_second_signal_stops_at_once(folder, monkeypatch):
     monkeypatch.setattr(train, "batch", lambda *args: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)])
     before = contents()
@@ -257,19 +274,52 @@ def test_a_second_signal_stops_at_once(folder, monkeypatch):
 
 def test_a_signal_to_a_process_of_its_own(folder):
     """Which saves before it was ever validated; under nohup the end of the terminal is none of its business."""
-    flags = [*TINY[:-3], "--max_steps=1e6", "--eval_interval=1e6", "--out=out/long"]
-    command = [sys.executable, ROOT / "train.py", *flags]
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(*LONG)
     signal.signal(signal.SIGHUP, hangup)
-    while not process.stdout.readline().startswith("plan:"):
-        assert process.poll() is None
+    wait_for(process, "plan:")
     for number in signal.SIGHUP, signal.SIGTERM:
         process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and errors.startswith("stopped after step ") and "Traceback" not in errors
     assert checkpoint("out/long")["losses"] and not Path("out/long/best.pt").exists()
     assert call("sample", "--out=out/long", "--max_new_tokens=3") is None
+
+
+def test_of_two_that_start_in_one_folder_one_trains(folder):
+    """The other, and one that would go on with it, are told that it is in use; the first ends as if alone."""
+    processes = [start(*LONG[:-2], "--eval_interval=50", LONG[-1]) for _ in range(2)]
+    try:
+        while all(process.poll() is None for process in processes):
+            time.sleep(0.05)
+        loser, winner = sorted(processes, key=lambda process: process.poll() is None)
+        assert loser.wait() == 1 and re.fullmatch(
+            r"train.py: out/long (is in use|holds a run already).*\n", loser.communicate()[1])
+        wait_for(winner, "step 50:")
+        assert "out/long is in use" in call("train", "--resume", "--out=out/long", "--learning_rate=9")
+        assert "out/long is in use" in call("train", *LONG)
+        winner.send_signal(signal.SIGTERM)
+        assert winner.communicate(timeout=60)[1].startswith("stopped after step ")
+    finally:
+        for process in processes:
+            process.kill()
+    steps = len(checkpoint("out/long")["losses"])
+    assert [entry["step"] for entry in log("out/long")] == [*range(50, steps + 1, 50)]
+    assert GPT.load("out/long/last.pt")[1]["train_config"]["learning_rate"] == 6e-3
+
+
+def test_a_run_that_was_killed_goes_on_at_once(folder):
+    """No signal handler has run: its lock is gone nevertheless, and what it was writing is removed."""
+    process = start(*LONG[:-2], "--eval_interval=50", LONG[-1])
+    wait_for(process, "step 50:")
+    process.kill()
+    process.communicate()
+    Path("out/long/last.pt.1234.tmp").write_text("half a checkpoint")
+    steps = len(checkpoint("out/long")["losses"])
+    assert steps % 50 == 0
+    assert call("train", "--resume", "--out=out/long", f"--max_steps={steps + 2}") is None
+    assert len(checkpoint("out/long")["losses"]) == steps + 2
+    assert {path.name for path in Path("out/long").iterdir()} == {"lock", "log.jsonl", "best.pt", "last.pt", "loss.png"}
 
 
 def test_resume_takes_new_flags_and_the_same_ones(folder):
@@ -350,7 +400,106 @@ def test_a_new_run_never_overwrites_an_old_one(folder):
         assert Path("out", name, "last.pt").exists()
 
 
+# Where it runs --------------------------------------------------------------------------------------------------------
+
+
+def test_with_standard_streams_closed(folder):
+    """As some schedulers start programs. What is opened next would be written into by whoever prints."""
+    commands = ["train.py", *TINY, "--out=out/new"], ["sample.py", "--out=out/run", "--max_new_tokens=3"]
+    processes = [subprocess.Popen(["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, ROOT / name, *flags])
+                 for name, *flags in commands]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert GPT.load("out/new/last.pt")[1]["losses"] == checkpoint("out/run")["losses"]
+
+
+ASCII = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from conftest import Path, TINY, call
+
+Path("dogs.txt").write_text("\\u5c0f\\u72d7 na\\u00efve " * 200, encoding="utf-8")
+assert call("prepare", "dogs.txt") is None
+run = "out/compare/cpu-dogs-qv_ka-agf,seed=1337"
+assert call("train", "--dataset=dogs", *TINY[1:], "--out=" + run) is None
+assert call("sample", "--out=" + run, "--max_new_tokens=30") is None
+import compare
+compare.record(Path(run))
+assert call("compare", "--report") is None
+"""
+
+
+def test_where_everything_is_ascii(folder):
+    """Files are UTF-8 nevertheless; on the screen, what is not ASCII is a question mark."""
+    surroundings = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii")
+    result = program("-c", ASCII, env=surroundings)
+    assert result.returncode == 0, result.stderr
+    assert "?" in result.stdout and result.stdout.isascii()
+    assert "±" in Path("out/compare/results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["$a$^$", "two words; #'", os.fsdecode(b"\xff")])
+def test_folders_of_any_name(folder, capsys, name):
+    sys.stderr.reconfigure(errors="backslashreplace")                               # as it is outside of tests
+    assert call("train", *TINY, f"--out=out/{name}") is None
+    assert call("train", "--resume", f"--out=out/{name}", "--max_steps=7") is None
+    assert call("sample", f"--out=out/{name}", "--max_new_tokens=3") is None
+    assert len(checkpoint(Path("out", name))["losses"]) == 7
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine of four cores, of which this process is given machine.share; it counts machine.threads."""
+    machine, seconds = types.SimpleNamespace(threads=4, share=4.0), [0.0]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: machine.threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: setattr(machine, "threads", number))
+    monkeypatch.setattr(torch.Tensor, "sin_", lambda x: seconds.append(seconds[-1] + 0.1))
+    monkeypatch.setattr(model, "time", types.SimpleNamespace(
+        perf_counter=lambda: seconds[-1], process_time=lambda: machine.share * seconds[-1]))
+    return machine
+
+
+@pytest.mark.parametrize("share,threads", [(3.9, 4), (2.9, 3), (2.0, 2), (0.4, 1)])
+def test_as_many_threads_as_cores_that_are_free(machine, capsys, share, threads):
+    machine.share = share
+    model.choose_device("cpu")
+    assert machine.threads == threads
+    said = f"other programs use the CPU: {threads} of 4 threads (OMP_NUM_THREADS has it otherwise)\n"
+    assert capsys.readouterr().err == ("" if threads == 4 else said)
+
+
+def test_a_number_of_threads_that_is_given_is_taken(machine, folder, monkeypatch, capsys):
+    """... and kept by the run, whatever is busy then."""
+    machine.share = 1.0
+    assert call("train", *TINY, "--threads=3", "--out=out/new") is None
+    assert machine.threads == 3 == checkpoint("out/new")["train_config"]["threads"]
+    machine.threads = 4
+    assert call("train", "--resume", "--out=out/new", "--max_steps=7") is None
+    assert machine.threads == 3 and "threads" not in capsys.readouterr().err
+    machine.threads = 4
+    assert call("train", "--resume", "--out=out/new", "--max_steps=8", "--threads=2") is None
+    assert machine.threads == 2
+    machine.threads = 4
+    assert call("train", "--resume", "--out=out/new", "--max_steps=9", "--threads=9") is None
+    assert machine.threads == 4 and "9 threads are not to be had here: 4, so" in capsys.readouterr().err
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")                                      # which PyTorch has read
+    machine.threads = 1
+    assert call("train", "--resume", "--out=out/new", "--max_steps=10") is None
+    assert machine.threads == 1 == checkpoint("out/new")["train_config"]["threads"]
+
+
 # Several processes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_number_of_processes_that_nobody_can_meet_means_nothing(monkeypatch):
+    """Schedulers and notebooks may leave it in the environment; only torchrun says where the others are."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for alone in True, False:
+        names = runpy.run_path(str(ROOT / "train.py"), run_name="train_again")
+        assert (names["RANK"], names["WORLD"]) == ((0, 1) if alone else (1, 2))
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
 
 
 def test_two_processes_are_one(folder):
@@ -412,7 +561,7 @@ def test_when_one_process_fails_both_leave(folder):
     rank 0 says why in one sentence, and what was saved before is there."""
     command = [sys.executable, "-c", FAILING, *TINY[1:-3], "--max_steps=9", "--eval_interval=3", "--eval_tokens=99"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "unused", "WORLD_SIZE": "2"}
     processes = [subprocess.Popen(command, **pipes, env={**environment, "RANK": str(rank)}) for rank in range(2)]
     try:
         first, errors = processes[0].communicate(timeout=60)
