@@ -132,23 +132,69 @@ def test_batches_are_a_function_of_seed_and_step():
     assert starts == {0, 1, 2}, "every window of the data, the first and the last"
 
 
-def test_a_step_is_plain_gradient_descent_on_the_mean_loss(folder):
-    """In micro-batches, against AdamW on the whole batch by hand: the weights, and the loss that is reported."""
-    flags = ["--out=out/new", "--optimizer=adamw", "--micro_batch_size=2", "--grad_clip=0.5", "--warmup_steps=0"]
-    run = train.Run(train.parse([*TINY, *flags]))
-    twin = GPT(run.model.config)
+def orthogonal(x):
+    """Muon's five steps, for one matrix, as its author writes them."""
+    if x.size(0) > x.size(1):
+        return orthogonal(x.T).T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_are_plain_gradient_descent_on_the_mean_loss(folder, optimizer):
+    """In micro-batches, against two steps on the whole batch by hand: the weights, and the losses that are reported.
+    Under Muon each matrix, and of W_K each head's, is moved by itself; the rest by AdamW."""
+    flags = ["--out=out/new", "--micro_batch_size=2", "--grad_clip=0.5", "--warmup_steps=0", "--weight_decay=0.7"]
+    run = train.Run(train.parse([*TINY, *flags, f"--optimizer={optimizer}"]))
+    twin, losses = GPT(run.model.config), []
     twin.load_state_dict(run.model.state_dict())
-    groups = [dict(params=[p for p in twin.parameters() if p.dim() > 1], weight_decay=run.train.weight_decay),
-              dict(params=[p for p in twin.parameters() if p.dim() < 2], weight_decay=0)]
-    optimizer = torch.optim.AdamW(groups, lr=run.train.learning_rate, betas=(0.9, run.train.beta2))
-    assert not run.step()
-    _, loss = twin(*train.batch(run.splits["train"], run.train, 16, 0, CPU))
-    loss.backward()
-    assert torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5) > 0.5
-    optimizer.step()
-    assert run.losses == pytest.approx([loss.item()], rel=1e-6)
-    for ours, theirs in zip(run.model.parameters(), twin.parameters()):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    moved = {name: torch.zeros_like(w) for name, w in twin.named_parameters()
+             if optimizer == "muon" and w.dim() > 1 and not name.startswith(("wte", "wpe"))}
+    others = [w for name, w in twin.named_parameters() if name not in moved]
+    groups = [dict(params=[w for w in others if w.dim() > 1], weight_decay=0.7),
+              dict(params=[w for w in others if w.dim() < 2], weight_decay=0)]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, run.train.beta2))
+    for step in range(2):
+        assert not run.step()
+        _, loss = twin(*train.batch(run.splits["train"], run.train, 16, step, CPU))
+        twin.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        assert torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5) > 0.5
+        rate = train.learning_rate(step, run.train)
+        for name, mean in moved.items():
+            w = twin.get_parameter(name)
+            mean.mul_(0.95).add_(0.05 * w.grad)
+            ahead = 0.95 * mean + 0.05 * w.grad
+            heads = [orthogonal(head) for head in ahead.reshape(-1, *w.shape[-2:])]
+            change = 0.2 * max(w.shape[-2:]) ** 0.5 * torch.stack(heads).reshape(w.shape)
+            w.data = w.data * (1 - rate * 0.7) - rate * change
+            w.grad = None
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+    assert run.losses == pytest.approx(losses, rel=1e-6)
+    assert {w.dim() for w in moved.values()} == ({2, 3} if optimizer == "muon" else set())
+    for (name, ours), theirs in zip(run.model.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda words: f"{name}: {words}")
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 16), (3, 48, 16), (3, 16, 48), (1, 5, 64), (2, 128, 512)], ids=str)
+def test_muon_makes_steps_orthogonal(shape):
+    """Singular values between a and a tenth of a become about 1, whatever a is, and singular vectors stay."""
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    x = u * torch.linspace(0.1, 1, u.size(2)) @ v * torch.logspace(-4, 3, shape[0])[:, None, None]
+    made = train.orthogonal(x)
+    values = torch.linalg.svdvals(made)
+    assert made.shape == x.shape and 0.6 < values.min() and values.max() < 1.3
+    cosines = torch.cosine_similarity(made.flatten(1), (u @ v).flatten(1))
+    assert cosines.min() > 0.97
+    for one, matrix in zip(made, x):
+        torch.testing.assert_close(one, orthogonal(matrix), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("count,eval_tokens,predicted", [(83, None, 82), (81, None, 80), (10, None, 9), (83, 20, 20)])
@@ -220,15 +266,16 @@ RESUME = [*TINY[:-3], "--max_steps=12", "--eval_interval=4", "--eval_tokens=500"
           "--micro_batch_size=2"]
 
 
-@pytest.fixture(scope="module")
-def whole(trained, tmp_path_factory):
-    """The checkpoint and log of a run that nobody stopped."""
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def whole(trained, tmp_path_factory, request):
+    """The flags, checkpoint and log of a run that nobody stopped."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         shutil.copytree(trained / "data", folder / "data")
         patch.chdir(folder)
-        assert call("train", *RESUME, "--out=whole") is None
-        return checkpoint("whole"), log("whole")
+        flags = [*RESUME, f"--optimizer={request.param}"]
+        assert call("train", *flags, "--out=whole") is None
+        return flags, checkpoint("whole"), log("whole")
 
 
 @pytest.mark.parametrize("at,number", [(4, signal.SIGINT), (7, signal.SIGHUP)], ids=["at an evaluation", "between two"])
@@ -242,13 +289,14 @@ def test_resume_is_exact(folder, monkeypatch, whole, at, number):
         return batch(*args)
 
     monkeypatch.setattr(train, "batch", interrupting)
-    assert call("train", *RESUME, "--out=out/parts") == \
+    assert call("train", *whole[0], "--out=out/parts") == \
         f"stopped after step {at}; it is saved: go on by --resume --out=out/parts"
     assert len(checkpoint("out/parts")["losses"]) == at
     assert call("train", "--resume", "--out=out/parts") is None
     parts = checkpoint("out/parts")
-    assert log("out/parts") == whole[1] and parts["losses"] == whole[0]["losses"]
-    assert all(torch.equal(weights, parts["model"][name]) for name, weights in whole[0]["model"].items())
+    assert log("out/parts") == whole[2] and parts["losses"] == whole[1]["losses"]
+    assert all(torch.equal(weights, parts["model"][name]) for name, weights in whole[1]["model"].items())
+    assert ("mean" in parts["optimizer"]["blocks.0.mlp.up.weight"]) == ("--optimizer=muon" in whole[0])
 
 
 def start(*flags, **options):
@@ -514,6 +562,7 @@ def test_two_processes_are_one(folder):
         assert one == pytest.approx(two, rel=1e-5)
     one, two = (checkpoint(run) for run in ("out/one", "out/two"))
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
+    assert one["train_config"]["optimizer"] == "muon"
     for name, weights in one["model"].items():
         torch.testing.assert_close(weights, two["model"][name], rtol=1e-3, atol=1e-5)
 
