@@ -550,7 +550,7 @@ class GPT(nn.Module):
             for name, weights in model.named_parameters():
                 if not weights.isfinite().all():
                     raise ValueError(f"not all weights of {name} are numbers")
-                if not {tensor.shape for tensor in checkpoint["optimizer"][name].values()} <= {(), weights.shape}:
+                if {(), *(x.shape for x in checkpoint["optimizer"][name].values())} != {(), weights.shape}:
                     raise ValueError(f"its optimizer's state does not fit {name}")          # PyTorch would not look
             if tokenizer_size(checkpoint["tokenizer"]) > model.config.vocab_size:
                 raise ValueError("its tokenizer knows more tokens than its model")

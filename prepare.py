@@ -49,7 +49,7 @@ def run(main):
     for name in "stdin", "stdout", "stderr":                                  # closed ones would be the next open files
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-    sys.stdout.reconfigure(errors="replace")                                  # a terminal may lack a character
+    hasattr(sys.stdout, "reconfigure") and sys.stdout.reconfigure(errors="replace")        # a terminal may lack some
     try:
         main()
     except UserError as error:

@@ -109,6 +109,7 @@ BROKEN = {
     "no optimizer": change(optimizer={}),
     "an optimizer that lacks a matrix": change(optimizer=lambda o: {k: v for k, v in o.items() if k != NAME}),
     "an optimizer of another shape": change(optimizer=lambda o: {**o, NAME: {k: torch.ones(3, 3) for k in o[NAME]}}),
+    "an optimizer that has forgotten": change(optimizer=lambda o: {k: {} for k in o}),
     "an optimizer of another type": change(optimizer=lambda o: {**o, NAME: [1, 2]}),
 }
 NO_FILE = {
@@ -122,7 +123,7 @@ DAMAGE = {
     "other tokenizer": lambda: other_text(TEXT + "~"),
     "other text": lambda: other_text(TEXT[::-1]),
     "another tiny.txt": lambda: (Path("other").mkdir(), Path("other/tiny.txt").write_text(TEXT[::-1])),
-    "standard input": lambda: shutil.copytree("data/tiny", "data/-"),
+    "standard input": lambda: (other_meta(source="standard input"), shutil.copytree("data/tiny", "data/-")),
     "taken name": lambda: Path("pydoc.txt").write_text(TEXT),
     "other training tokens": lambda: other_tokens("train", None),
     "another training token": lambda: other_tokens("train", 1),
@@ -271,7 +272,7 @@ MISUSE = [
     ("sample", ["--prompt=a", "--attention_map=map.png"], None, "takes a prompt of 2 to 16 tokens"),
     ("sample", ["--prompt=hanging on the wall", "--attention_map=map.png"], None, "and this one has 19"),
     ("sample", ["--prompt=wall", "--attention_map=map.png"], "folder for picture", "map.png could not be written"),
-    ("sample", ["--prompt=wall", "--attention_map=taken/map.png"], "file for folder", "taken/map.png could not be written (File"),
+    ("sample", ["--prompt=wall", "--attention_map=taken/map.png"], "file for folder", "map.png could not be written (File"),
 ]
 
 

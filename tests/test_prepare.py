@@ -1,7 +1,9 @@
 """prepare.py as its users run it. How they misuse it is in test_misuse.py."""
 
+import contextlib
 import hashlib
 import http.server
+import io
 import itertools
 import os
 import shutil
@@ -160,6 +162,13 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
         with pytest.raises(type(error)):
             prepare.run(main)
+
+
+def test_a_notebook_s_output_will_do():
+    """It has print()'s methods, and no others."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        prepare.run(lambda: print("words"))
+    assert output.getvalue() == "words\n"
 
 
 def test_progress_says_how_far_and_how_long(monkeypatch, capsys):
