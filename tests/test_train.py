@@ -338,10 +338,11 @@ def test_of_two_that_start_in_one_folder_one_trains(folder):
     """The other, and one that would go on with it, are told that it is in use; the first ends as if alone."""
     processes = [start(*LONG[:-2], "--eval_interval=50", LONG[-1]) for _ in range(2)]
     try:
-        while all(process.poll() is None for process in processes):
+        deadline = time.monotonic() + 60
+        while all(process.poll() is None for process in processes) and time.monotonic() < deadline:
             time.sleep(0.05)
         loser, winner = sorted(processes, key=lambda process: process.poll() is None)
-        assert loser.wait() == 1 and re.fullmatch(
+        assert loser.poll() == 1 and re.fullmatch(
             r"train.py: out/long (is in use|holds a run already).*\n", loser.communicate()[1])
         wait_for(winner, "step 50:")
         for flags in ["--resume", "--learning_rate=9"], TINY:
@@ -531,10 +532,11 @@ def test_a_number_of_threads_that_is_given_is_taken(machine, folder, monkeypatch
     machine.threads = 4
     assert call("train", "--resume", "--out=out/new", "--max_steps=9", "--threads=9") is None
     assert machine.threads == 4 and "9 threads are not to be had here: 4, so" in capsys.readouterr().err
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")                                      # which PyTorch has read
-    machine.threads = 1
-    assert call("train", "--resume", "--out=out/new", "--max_steps=10") is None
-    assert machine.threads == 1 == checkpoint("out/new")["train_config"]["threads"]
+    assert call("train", "--resume", "--out=out/new", "--max_steps=10", "--threads=2") is None
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")                                      # which PyTorch has read
+    machine.threads = 4
+    assert call("train", "--resume", "--out=out/new", "--max_steps=11") is None
+    assert machine.threads == 4 == checkpoint("out/new")["train_config"]["threads"]
 
 
 # Several processes ----------------------------------------------------------------------------------------------------
