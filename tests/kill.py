@@ -7,7 +7,7 @@ For each setting one run is trained without a break. The same command is then st
 a random moment, goes on by --resume, and so on, until it is finished; then the next folder's turn comes, until there
 were enough kills. It spends a third of its time on writing: its vocabulary is large, and it is saved at every second
 step. After each kill, all checkpoints must load and the leftovers of the kill before be gone. A finished run must have
-the files of the whole one, every weight, moment and loss in them bit for bit; only its seconds may differ.
+what the whole one has, every weight, moment and loss bit for bit; only the seconds may differ.
 """
 
 import json
@@ -31,14 +31,11 @@ sys.path.insert(0, str(ROOT))
 from model import GPT  # noqa: E402
 from prepare import Progress, UserError, new_parser, run, whole  # noqa: E402
 
-ONE = [sys.executable]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-SETTINGS = {"muon": (ONE, "--optimizer=muon"),
-            "adamw": (ONE, "--optimizer=adamw"),
-            "dropout": (ONE, "--dropout=0.2", "--micro_batch_size=2"),
-            "two": (TWO, "--dropout=0.2")}
 FLAGS = ["--dataset=signs", "--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=64", "--block_size=8",
          "--batch_size=4", "--eval_interval=2", "--eval_tokens=20"]
+SETTINGS = {"muon": ["--optimizer=muon"], "adamw": ["--optimizer=adamw"],
+            "dropout": ["--dropout=0.2", "--micro_batch_size=2"], "two": ["--dropout=0.2"]}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def prepare_signs(folder):
@@ -57,76 +54,74 @@ def kill(process):
             os.kill(pid, signal.SIGKILL)
 
 
-def start(command, folder, seconds=None, planned=True):
+def start(command, folder, seconds=1e5, planned=True):
     """Runs a command, to its end or so many seconds, which count from train.py's plan on (or from its start). Returns
-    whether it was killed, its output, and when it was started, had its plan, and was over."""
+    whether it was killed, and the times when it was started, had its plan, had made its evaluations, and was over."""
     process = subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    times, lines, timer = [time.monotonic()], [], seconds is not None and Timer(seconds, kill, [process])
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    times, lines, timer = [time.monotonic()], [], Timer(seconds, kill, [process])
     try:
-        if timer and not planned:
+        if not planned:
             timer.start()
-        for line in process.stdout:                                                  # until all that share it are dead
+        for line in process.stdout:                                                  # until all who share it are dead
             lines.append(line)
-            if line.startswith("plan:"):
+            if line.startswith(("plan:", "step ")):
                 times.append(time.monotonic())
-                if timer and planned:
-                    timer.start()
+            if line.startswith("plan:") and planned:
+                timer.start()
+    except KeyboardInterrupt:                                                        # which reaches no other session
+        kill(process)
+        raise
     finally:
-        if timer:
-            timer.cancel()
-        if sys.exc_info()[0]:                                                        # Ctrl-C does not reach it
-            kill(process)
-        process.wait()
-    if process.returncode not in (0, -signal.SIGKILL):
+        timer.cancel()
+    if process.wait() not in (0, -signal.SIGKILL):
         raise UserError("".join(lines).strip() or f"exit status {process.returncode}")
-    return process.returncode != 0, lines, [*times, time.monotonic()]
+    return process.returncode != 0, [*times, time.monotonic()]
 
 
-def files(run):
-    """All that a finished run has, by name, but for what may differ: its seconds and how it was called."""
-    found = {"log.jsonl": [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]}
-    found |= {path.name: GPT.load(path)[1] for path in run.glob("*.pt")}
-    flat, rest = {}, list(found.items())
-    while rest:
-        name, value = rest.pop()
-        if isinstance(value, (dict, list)):
-            rest += [(f"{name} {key}", part) for key, part in
-                     (value.items() if isinstance(value, dict) else enumerate(value))
-                     if key not in ("seconds", "out", "resume")]
-        else:
-            flat[name] = value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
-    return flat
+def parts(out):
+    """What a run has written, by name. Raises UserError where a checkpoint cannot be read."""
+    log = {"log.jsonl": [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]}
+    return log | {f"{path.name}'s {key}": part for path in out.glob("*.pt") for key, part in GPT.load(path)[1].items()}
 
 
-def trial(folder, setting, kills, chance, steps=120, early=0.2, progress=None):
+def same(one, other):
+    """Bit for bit, but for how long it took and how the program was called."""
+    if isinstance(one, dict):
+        free = ("seconds", "out", "resume", "last.pt's seconds", "best.pt's seconds")
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one if key not in free)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one.numpy().tobytes() == other.numpy().tobytes() if isinstance(one, torch.Tensor) else one == other
+
+
+def trial(folder, setting, kills, chance, steps=400, early=0.2):
     """Trains one run whole and others with so many kills in all, that share of them before training begins, and returns
     a sentence about them. Raises UserError with the first thing that was lost."""
-    (launch, *flags), data = SETTINGS[setting], {path: path.read_bytes() for path in folder.glob("data/*/*")}
-    command = [*launch, ROOT / "train.py", *FLAGS, *flags, f"--max_steps={steps}"]
-    _, _, (begun, planned, ended) = start([*command, f"--out={setting}-whole"], folder)
-    expected, killed, writing, resumed, runs, finished = files(folder / f"{setting}-whole"), 0, 0, 0, 0, False
+    data, progress = {path: path.read_bytes() for path in folder.glob("data/*/*")}, Progress(kills)
+    command = [sys.executable, *(TORCHRUN if setting == "two" else []), ROOT / "train.py", *FLAGS, *SETTINGS[setting]]
+    command += [f"--max_steps={steps}", "--out"]
+    _, (begun, planned, *_, trained, _) = start([*command, f"{setting}-whole"], folder)
+    expected, killed, writing, resumed, runs, finished = parts(folder / f"{setting}-whole"), 0, 0, 0, 0, True
     while killed < kills or not finished:
-        runs += finished or not runs
-        out = folder / f"{setting}-{runs}"
+        runs += finished
+        out, early_on = folder / f"{setting}-{runs}", chance.random() < early
         if (out / "best.pt").exists() and not (out / "last.pt").exists():            # killed between the first two
-            copyfile(out / "best.pt", out / "last.pt")                               # as an unreadable one's error advises
-        resume, before = ["--resume"] * (out / "last.pt").exists(), set(out.glob("*.tmp"))
-        asleep = chance.random() < early
-        seconds = chance.random() * (planned - begun if asleep else (ended - planned) / 4) if killed < kills else None
-        hit, lines, times = start([*command, *resume, f"--out={out}"], folder, seconds, not asleep)
-        left, finished = set(out.glob("*.tmp")), not hit
+            copyfile(out / "best.pt", out / "last.pt")                               # as GPT.load advises
+        resume, before = ["--resume"] * (out / "last.pt").exists(), {*out.glob("*.tmp")}
+        longest = planned - begun if early_on else (trained - planned) / 4
+        seconds = chance.random() * longest if killed < kills else 1e5
+        hit, times = start([*command, out, *resume], folder, seconds, not early_on)
+        left, finished = {*out.glob("*.tmp")}, not hit
         killed, writing, resumed = killed + hit, writing + bool(left - before), resumed + len(resume)
-        where = f"after {killed} kills, in {out.name}"
-        if len(times) == 3 and left & before or finished and left:
-            raise UserError(f"{where}, {min(left)} is left of what an earlier process wrote")
-        for path in out.glob("*.pt"):
-            GPT.load(path)
-        if finished and (found := files(out)) != expected:
-            names = sorted(name for name in found | expected if found.get(name) != expected.get(name))
-            raise UserError(f"{where}, {len(names)} of {len(expected)} values differ, {names[0]} for one")
-        if progress:
-            progress(killed)
+        if len(times) > 2 and left & before or finished and left:
+            raise UserError(f"after {killed} kills {min(left).name} is left, which an earlier process wrote")
+        found = parts(out) if len(times) > 2 else {}
+        if finished and not same(found, expected):
+            wrong = [name for name in expected if name not in found or not same({0: found[name]}, {0: expected[name]})]
+            raise UserError(f"after {killed} kills these differ: {', '.join(wrong)}")
+        progress(killed, f"{setting}: {killed} of {kills} kills")
+    progress.clear()
     if {path: path.read_bytes() for path in folder.glob("data/*/*")} != data:
         raise UserError("data/ has changed")
     return f"{killed} kills, {writing} of them while writing; {resumed} resumed, {runs} runs of {steps} steps finished"
@@ -138,21 +133,14 @@ def main(argv=None):
     parser.add_argument("--setting", default="all", choices=("all", *SETTINGS), help="default: all")
     parser.add_argument("--seed", type=whole, default=1337, help="of the moments (default: 1337)")
     args, failed = parser.parse_args(argv), False
-    names = list(SETTINGS) if args.setting == "all" else [args.setting]
-    progress = Progress(args.kills * len(names))
     with tempfile.TemporaryDirectory() as folder:
         prepare_signs(folder)
-        for i, name in enumerate(names):
-            def tell(killed, name=name, done=i * args.kills):
-                progress(done + killed, f"{name}: {killed} of {args.kills} kills")
-
+        for setting in SETTINGS if args.setting == "all" else [args.setting]:
             try:
-                words = trial(Path(folder), name, args.kills, random.Random(args.seed + i), progress=tell)
-                words += ": equal bit for bit"
+                words = trial(Path(folder), setting, args.kills, random.Random(args.seed)) + ": equal bit for bit"
             except UserError as error:
-                words, failed = f"FAILED: {error}", True
-            progress.clear()
-            print(f"{name}: {words}", flush=True)
+                words, failed = f"FAILED {error}", True
+            print(f"{setting}: {words}", flush=True)
     sys.exit(int(failed))
 
 
