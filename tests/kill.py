@@ -87,6 +87,8 @@ def parts(out):
 
 def same(one, other):
     """Bit for bit, but for how long it took and how the program was called."""
+    if type(one) is not type(other):
+        return False
     if isinstance(one, dict):
         free = ("seconds", "out", "resume", "last.pt's seconds", "best.pt's seconds")
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one if key not in free)
@@ -118,7 +120,7 @@ def trial(folder, setting, kills, chance, steps=400, early=0.2):
             raise UserError(f"after {killed} kills {min(left).name} is left, which an earlier process wrote")
         found = parts(out) if len(times) > 2 else {}
         if finished and not same(found, expected):
-            wrong = [name for name in expected if name not in found or not same({0: found[name]}, {0: expected[name]})]
+            wrong = [name for name in expected if not same({name: expected[name]}, {name: found.get(name)})]
             raise UserError(f"after {killed} kills these differ: {', '.join(wrong)}")
         progress(killed, f"{setting}: {killed} of {kills} kills")
     progress.clear()
