@@ -36,8 +36,8 @@ RANK, WORLD = map(int, map(os.environ.get, ("RANK", "WORLD_SIZE")) if "MASTER_AD
 # --- Configuration: defaults, under a preset, under flags. The two dataclasses are the command line ------------------
 
 PRESETS = {
-    "cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_steps=700, optimizer="muon",
-                learning_rate=6e-3, warmup_steps=30, beta2=0.98, eval_interval=350),
+    "cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_steps=600, optimizer="muon",
+                learning_rate=6e-3, warmup_steps=30, weight_decay=0.2, beta2=0.98, eval_interval=300),
     "gpu": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, max_steps=5000, learning_rate=1e-3,
                 dropout=0.2, eval_interval=250),
     "gpt2": dict(dataset="openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=480,
@@ -155,8 +155,8 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             if group["muon"]:
                 weights, rate = group["params"], group["lr"]
-                means = [self.state[w].setdefault("mean", torch.zeros_like(w)).lerp_(w.grad, 0.05) for w in weights]
-                steps = torch.stack([w.grad.lerp(mean, 0.95) for w, mean in zip(weights, means)])    # Nesterov's
+                means = [self.state[w].setdefault("mean", torch.zeros_like(w)).lerp_(w.grad, 0.1) for w in weights]
+                steps = torch.stack([w.grad.lerp(mean, 0.9) for w, mean in zip(weights, means)])    # Nesterov's
                 steps = orthogonal(steps.flatten(0, -3)).view_as(steps) * (0.2 * max(steps.shape[-2:]) ** 0.5)
                 for w, step in zip(weights, steps):
                     w.mul_(1 - rate * group["weight_decay"]).sub_(step, alpha=rate)

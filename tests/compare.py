@@ -9,7 +9,7 @@
 A run is a folder in --out, named after its flags. It holds what train.py writes, what that prints (output.txt) and,
 once it is finished, record.json: all that the report needs, so the checkpoints may then be deleted. Ctrl-C stops the
 runs, each saves itself, and the same command goes on. The report is written beside the runs, by report.py: results.md,
-results.json, results.png and lengths.png.
+results.json, results.png, frontier.png and lengths.png.
 """
 
 import itertools
@@ -170,7 +170,7 @@ def record(folder):
         val_loss_by_length={}, early_steps=len(early), early_loss=float(np.mean(early)),
         early_curve=[round(float(part.mean()), 4) for part in np.array_split(early, min(25, len(early)))],
         attention_parameters=sum(size for name, size in sizes.items() if "attention" in name),
-        parameters=sum(sizes.values()), cache_bytes_per_token=model.eval().cache_bytes()[1],
+        parameters=sum(sizes.values()), remembered=model.eval().cache_bytes()[1] // (4 * config["n_layer"]),
         tokens_per_second=round(steps * training["batch_size"] * config["block_size"] / checkpoint["seconds"]),
         log=[(entry["step"], round(entry["val_loss"], 4), entry["seconds"]) for entry in log])
     write_json(folder / "record.json", found)

@@ -1,5 +1,5 @@
-"""What finished runs show: results.md, results.json, results.png and lengths.png, from the records that compare.py
-makes: a dict for each run, with its `attention`, `pos` and `seed`, the `flags` that make it a variant, its
+"""What finished runs show: results.md, results.json, results.png, frontier.png and lengths.png, from the records that
+compare.py makes: a dict for each run, with its `attention`, `pos` and `seed`, the `flags` that make it a variant, its
 `best_val_loss`, and so on.
 
 Runs of one seed saw the same batches, so attentions are compared seed by seed: the difference of two losses varies less
@@ -14,6 +14,7 @@ from operator import itemgetter
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from model import ATTENTIONS, POSITIONS, GPTConfig
 from prepare import UserError, write
@@ -49,25 +50,47 @@ Made by `python tests/compare.py --report` from the results.json beside it.
 - **±** is half the width of the 95 % interval of a mean over seeds (Student's t), here and in the figures. Two losses
   whose intervals overlap may still differ clearly: look at their difference.
 - **Bold** is a difference whose interval leaves out zero. Where nothing differs, one in twenty is bold by chance.
-- A claim **holds** if all of the interval is on its side of zero, **does not hold** if all is on the other side, and is
-  **too close to call** if zero is inside.
-- **Bytes** are those of the cache, for one token in all layers. **Tokens/s** are the most of any seed, and rough: they
-  depend on the machine and on what else it did.
+- A claim **holds**, or **does not hold**, if its difference is told from zero, on its side or the other, at a level of
+  5 % for all verdicts of a table together (Student's t test, Holm's correction); else it is **undecided**.
+- **Remembered** are numbers for one token in one layer. **Tokens/s** are the most of any seed, and rough: they depend
+  on the machine and on what else it did.
 """
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
 
-STUDENT = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-                          2.145, 2.131, 2.120, 2.110, 2.101, 2.093), 2))         # {seeds: Student's t, two-sided, 95 %}
+
+def student(n):
+    """Student's t for n values, as arrays: sizes of t, and the chance that a larger one, of either sign, comes up where
+    there is no difference. With t = sqrt(n - 1) tan(x), the density of x is proportional to cos(x)^(n - 2)."""
+    x = (np.arange(100_000) + 0.5) * (math.pi / 2 / 100_000)
+    density = np.cos(x) ** (n - 2)
+    return math.sqrt(n - 1) * np.tan(x), 1 - np.cumsum(density) / density.sum()
 
 
 def interval(values):
-    """The mean of numbers or arrays, one for each seed, and half the width of its 95 % interval: nan for a single seed,
-    and a little too wide beyond 20."""
+    """The mean of numbers or arrays, one for each seed, and half the width of its 95 % interval; nan for one seed."""
     n, mean = len(values), np.mean(values, 0)
-    error = np.std(values, 0, ddof=1) / math.sqrt(n) if n > 1 else math.nan * mean
-    return mean, STUDENT.get(n, STUDENT[20]) * error
+    if n == 1:
+        return mean, math.nan * mean
+    t, beyond = student(n)
+    return mean, np.interp(-0.05, -beyond, t) * np.std(values, 0, ddof=1) / math.sqrt(n)
+
+
+def chance(values):
+    """The p value of a difference: how likely one as clear is where there is none; 1 for a single seed."""
+    mean, half = interval(values)
+    if len(values) == 1 or half == 0:
+        return float(half != 0 or mean == 0)
+    t, beyond = student(len(values))
+    return np.interp(abs(mean) / np.std(values, ddof=1) * math.sqrt(len(values)), t, beyond)
+
+
+def holm(chances):
+    """Holm's correction: each p value, times the number of those that are not smaller."""
+    order, corrected = np.argsort(chances), np.empty(len(chances))
+    corrected[order] = np.maximum.accumulate(np.sort(chances) * np.arange(len(chances), 0, -1))
+    return corrected
 
 
 def told(values, form=".4f"):
@@ -90,9 +113,9 @@ def difference(values):
     return f"**{text}**" if values and clear(values) else text
 
 
-def verdict(values, side):
-    if not clear(values):
-        return "too close to call"
+def verdict(values, side, corrected):
+    if corrected > 0.05:
+        return "undecided"
     return "holds" if (np.mean(values) > 0) == (side == ">") else "does not hold"
 
 
@@ -153,18 +176,20 @@ class Comparison:
 
     def claims(self):
         """A row for each claim that the runs tell of: for each kind of positions, the difference and a verdict."""
-        for claim, formula, side, name in CLAIMS:
-            found = [[] if f" {pos} " in formula else self.values(formula, pos, name) for pos in self.positions]
-            if any(found):
-                cells = (f"{difference(values)} {verdict(values, side)}" if values else "" for values in found)
-                yield claim, f"{formula} {side} 0", *cells
+        rows = [(claim, formula, side, [[] if f" {pos} " in formula else self.values(formula, pos, name)
+                                        for pos in self.positions]) for claim, formula, side, name in CLAIMS]
+        corrected = iter(holm([chance(values) for *_, cells in rows for values in cells if values]))
+        for claim, formula, side, cells in rows:
+            if any(cells):
+                told = (f"{difference(cell)} {verdict(cell, side, next(corrected))}" if cell else "" for cell in cells)
+                yield claim, f"{formula} {side} 0", *told
 
     def markdown(self):
         """The claims, every group, and the losses in longer windows, as tables."""
         groups, longer = [], []
         for (pos, label), runs in self.groups.items():
             step, *sizes = (f"{np.median([run[name] for run in runs.values()]):,.0f}" for name in (
-                "best_step", "attention_parameters", "parameters", "cache_bytes_per_token"))
+                "best_step", "attention_parameters", "parameters", "remembered"))
             speed = max(run["tokens_per_second"] for run in runs.values())
             loss, gap = told(self.values(label, pos)), difference(self.gap(pos, label))
             groups.append([pos, label, len(runs), loss, gap, step, *sizes, f"{speed:,}"])
@@ -173,7 +198,7 @@ class Comparison:
         tables = (
             table(["claim", "holds if", *self.positions], list(self.claims())),
             table(["positions", "attention", "seeds", "loss", "loss - qkv's", "at step", "parameters in attention",
-                   "in all", "cache, bytes/token", "training tokens/s"], groups),
+                   "in all", "remembered", "training tokens/s"], groups),
             table(["positions", "attention", *(f"loss in {n} tokens" for n in self.lengths)], longer))
         return "\n".join([f"## {self.title}\n", *filter(None, tables)])
 
@@ -208,6 +233,20 @@ class Comparison:
             below.set(xlabel="step")
         above.invert_yaxis()
         axes[1, 0].set(ylabel="training loss - qkv's")
+
+    def draw_frontier(self, figure):
+        """The loss against what a token leaves behind; attentions that remember as much stand a little apart."""
+        for pos, panel in zip(self.positions, figure.subplots(1, len(self.positions), sharey=True, squeeze=False)[0]):
+            for number, label in enumerate(self.labels):
+                if runs := self.groups.get((pos, label)):
+                    (mean, half), run = interval(self.values(label, pos)), next(iter(runs.values()))
+                    remembered = run["remembered"] * 1.02 ** (number - len(self.labels) / 2)
+                    style = {**self.style(label), "linestyle": "none"}
+                    panel.errorbar(remembered, mean, half, label=label, capsize=3, **style)
+            panel.set_xscale("log", base=2)
+            panel.set(title=f"{pos} positions", xlabel="numbers remembered per token and layer")
+            panel.xaxis.set_major_formatter(ScalarFormatter())
+        figure.axes[0].set(ylabel="loss")
 
     def draw_lengths(self, figure):
         """The losses in windows of several lengths; the points of a label stand a little apart from those of others."""
@@ -255,6 +294,7 @@ def report(records, folder):
     write(folder / "results.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
     compared = [comparison for comparison in comparisons if any(comparison.gap(*group) for group in comparison.groups)]
     draw(folder / "results.png", compared, Comparison.draw_gaps, 7)
+    draw(folder / "frontier.png", compared, Comparison.draw_frontier, 4.5)
     longer = [comparison for comparison in comparisons if comparison.lengths]
     draw(folder / "lengths.png", longer, Comparison.draw_lengths, 4)
     print(f"{text}\nruns: {len(runs)}; written to {folder}/: results.md, results.json and the figures")
