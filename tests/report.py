@@ -65,7 +65,7 @@ def student(n):
     there is no difference. With t = sqrt(n - 1) tan(x), the density of x is proportional to cos(x)^(n - 2)."""
     x = (np.arange(100_000) + 0.5) * (math.pi / 2 / 100_000)
     density = np.cos(x) ** (n - 2)
-    return math.sqrt(n - 1) * np.tan(x), 1 - np.cumsum(density) / density.sum()
+    return math.sqrt(n - 1) * np.tan(x), 1 - (np.cumsum(density) - density / 2) / density.sum()
 
 
 def interval(values):

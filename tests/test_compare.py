@@ -112,7 +112,7 @@ def test_every_figure_of_the_report_is_of_the_runs(swept):
     sizes = 3 * 16 * 16 + 2, 3 * 16 * 16 + 2 + 8 * 16 * 16 + 3 * 16 + len(set(TEXT)) * 16
     groups = {row[1]: row for row in rows(text) if row[0] == "agf" and len(row) == 10}
     assert [cell.strip("*") for cell in groups["qv"][:5]] == ["agf", "qv", "2", pm(losses["qv"]), gap]
-    assert groups["qv"][6:9] == [f"{sizes[0]:,}", f"{sizes[1]:,}", "64"] and groups["qkv"][8] == "128"
+    assert groups["qv"][6:9] == [f"{sizes[0]:,}", f"{sizes[1]:,}", "16"] and groups["qkv"][8] == "32"
     assert groups["qkv"][3:5] == [pm(losses["qkv"]), ""]
     speeds = [STEPS * 4 * 16 / torch.load(place("qv", seed) / "last.pt", weights_only=True)["seconds"]
               for seed in (1337, 1338)]
@@ -233,7 +233,7 @@ def made_up(attention, pos, seed, loss, early, flags=(), lengths=(), preset="gpu
     return dict(preset=preset, dataset="some", attention=attention, pos=pos, flags=list(flags), seed=seed,
                 best_val_loss=loss, best_step=seed, final_val_loss=loss + 0.1, val_loss_by_length=dict(lengths),
                 early_steps=10, early_loss=early, early_curve=[early] * 5, attention_parameters=1, parameters=2,
-                cache_bytes_per_token=3, tokens_per_second=2 * seed, log=[[5, loss, 1.0]])
+                remembered=3, tokens_per_second=2 * seed, log=[[5, loss, 1.0]])
 
 
 def test_a_report_of_known_numbers(tmp_path):
@@ -262,10 +262,10 @@ def test_a_report_of_known_numbers(tmp_path):
     assert found["C4: QV-Ka learns faster than QKV at first (training loss, mean of the first fifth)",
                  "qv_ka - qkv < 0"] == ["**-0.0500 ± 0.0000** holds", "", "**-0.0500 ± 0.0000** holds"]
     assert found["QKV is worse than with rope", "qkv - rope qkv > 0"] == [
-        "+0.7667 ± 1.0003 too close to call", "", "+0.7667 ± 1.0003 too close to call"]
+        "+0.7667 ± 1.0003 undecided", "", "+0.7667 ± 1.0003 undecided"]
     assert found["learned", "qkv"] == ["3", "2.2000 ± 0.8957", "", "2", "1", "2", "3", "6"]
     assert found["rope", "mla"] == ["3", "1.4433 ± 0.2008", "+0.0100 ± 0.0497", "2", "1", "2", "3", "6"]
-    assert found["agf", "qv"] == ["4", "26.4225 ± 76.9820", "**+0.0300 ± 0.0000**", "2", "1", "2", "3", "8"]
+    assert found["agf", "qv"] == ["4", "26.4225 ± 76.9928", "**+0.0300 ± 0.0000**", "2", "1", "2", "3", "8"]
     assert "sinusoidal" not in text and "QV is worse than GQA" not in text, "no claim without runs"
     assert text.startswith(report.MEANING) and "\n## gpu preset, some\n" in text
     assert json.loads((tmp_path / "results.json").read_text()) == records
@@ -273,14 +273,30 @@ def test_a_report_of_known_numbers(tmp_path):
 
 
 def test_an_interval_is_student_s():
-    for n, t in (2, 12.706), (5, 2.776), (20, 2.093), (30, 2.093):
+    for n, t in (2, 12.706), (5, 2.776), (20, 2.093), (30, 2.045):                  # from a printed table
         values = list(np.arange(n) / 7)
         mean, half = report.interval(values)
-        assert mean == pytest.approx(np.mean(values)) and half == pytest.approx(t * np.std(values, ddof=1) / n**0.5)
+        assert mean == pytest.approx(np.mean(values))
+        assert half == pytest.approx(t * np.std(values, ddof=1) / n**0.5, rel=3e-4)
+        assert report.chance(list(np.array(values) - mean + half)) == pytest.approx(0.05, rel=1e-3)
     assert report.told([1.5]) == "1.5000" and report.difference([0.5]) == "+0.5000", "one seed has no interval"
-    assert [report.verdict(x, ">") for x in ([0.5], [1.0, 2.0], [1.0, 1.1], [-1.0, -1.1])] == [
-        "too close to call", "too close to call", "holds", "does not hold"]
+    assert [report.verdict(x, ">", report.chance(x)) for x in ([0.5], [1.0, 2.0], [1.0, 1.1], [-1.0, -1.1])] == [
+        "undecided", "undecided", "holds", "does not hold"]
     assert report.difference([1.0, 1.0]) == "**+1.0000 ± 0.0000**" and report.difference([]) == ""
+
+
+def test_verdicts_are_corrected_for_their_number(tmp_path):
+    """Holm's own procedure: the smallest of m p values against 5 % / m, the next against 5 % / (m - 1), and so on."""
+    assert report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    differences = 0.010 + 0.0045 * np.array([-1, 1, -2, 2, 0])                       # p = 0.035
+    assert 0.03 < report.chance(list(differences)) < 0.04
+    records = [made_up(name, pos, seed, 2 + gap, 3.0)
+               for pos in ("rope", "agf") for seed, extra in enumerate(differences)
+               for name, gap in (("qkv", 0.0), ("qv", extra if pos == "agf" else 0.0))]
+    report.report(records[10:], tmp_path)
+    assert "± 0.0088** holds" in (tmp_path / "results.md").read_text(encoding="utf-8"), "alone it is told from chance"
+    report.report(records, tmp_path)
+    assert "± 0.0088** undecided" in (tmp_path / "results.md").read_text(encoding="utf-8"), "as one of two it is not"
 
 
 def test_a_variant_is_compared_with_qkv_by_the_flags_that_qkv_has():
@@ -301,7 +317,9 @@ def test_the_picture_of_lengths_tells_attentions_and_variants_apart(tmp_path, mo
     figures = []
     monkeypatch.setattr(report.Figure, "savefig", lambda self, path, **options: (figures.append(self), path.touch()))
     report.report(records, tmp_path)
-    (part,) = figures[1].subfigs
+    (frontier,), (part,) = figures[1].subfigs, figures[2].subfigs
+    points = [container.lines[0].get_xdata()[0] for panel in frontier.axes for container in panel.containers]
+    assert len(points) == len(groups) and points == pytest.approx([3] * len(groups), rel=0.05)
     assert [text.get_text() for text in part.legends[0].get_texts()] == ["qkv", "qv_ka", "qv_ka d_ctx=8", "mine"]
     lines = {container.get_label(): container.lines[0] for panel in part.axes for container in panel.containers}
     looks = {label: (line.get_color(), line.get_marker(), line.get_linestyle()) for label, line in lines.items()}
