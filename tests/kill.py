@@ -20,7 +20,6 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from shutil import copyfile
 from threading import Timer
 
 import torch
@@ -108,8 +107,6 @@ def trial(folder, setting, kills, chance, steps=400, early=0.2):
     while killed < kills or not finished:
         runs += finished
         out, early_on = folder / f"{setting}-{runs}", chance.random() < early
-        if (out / "best.pt").exists() and not (out / "last.pt").exists():            # killed between the first two
-            copyfile(out / "best.pt", out / "last.pt")                               # as GPT.load advises
         resume, before = ["--resume"] * (out / "last.pt").exists(), {*out.glob("*.tmp")}
         longest = planned - begun if early_on else (trained - planned) / 4
         seconds = chance.random() * longest if killed < kills else 1e5

@@ -628,4 +628,4 @@ def test_when_one_process_fails_both_leave(folder):
     assert second.splitlines() == ["stop 1", "5", "nan 1", "save 1"], more_errors
     assert "Error" not in errors + more_errors, more_errors
     assert [len(checkpoint(f"out/{where}")["losses"]) for where in ("stop", "nan")] == [5, 3]
-    assert [path.name for path in Path("out/save").glob("*.pt")] == ["best.pt"]
+    assert not [*Path("out/save").glob("*.pt")]
