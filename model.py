@@ -607,9 +607,9 @@ def choose_device(name, threads=None):
 
 
 def choose_threads(wanted=None):
-    """Threads wait for one another after every product, so beside a program that keeps a core busy, as many as there are
-    cores are many times slower than fewer. Where no number is `wanted`, nor OMP_NUM_THREADS set, measures for 0.3 s how
-    many cores this process is given, and takes as many threads."""
+    """Threads wait for one another after every product: beside a program that keeps a core busy, one for each core are
+    many times slower than fewer. Where no number is `wanted`, nor OMP_NUM_THREADS set, measures for 0.3 s how many
+    cores this process is given, and takes as many threads."""
     cores = torch.get_num_threads()
     if wanted is None and "OMP_NUM_THREADS" not in os.environ and cores > 1:
         x, wall, cpu = torch.zeros(cores << 16), time.perf_counter(), time.process_time()

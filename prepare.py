@@ -290,7 +290,7 @@ def openwebtext(tokenizer, limit):
                     return
             progress(done, f"{done / 1e6:,.1f}M of {progress.total / 1e6:,.0f}M tokens")
     except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"OpenWebText cannot be read ({reason(error)}); connect to the network, and try again") from None
+        raise UserError(f"OpenWebText cannot be had ({reason(error)}); connect to the network, and try again") from None
     finally:
         progress.clear()
 
