@@ -272,7 +272,7 @@ MISUSE = [
     ("sample", ["--prompt=a", "--attention_map=map.png"], None, "takes a prompt of 2 to 16 tokens"),
     ("sample", ["--prompt=hanging on the wall", "--attention_map=map.png"], None, "and this one has 19"),
     ("sample", ["--prompt=wall", "--attention_map=map.png"], "folder for picture", "map.png could not be written"),
-    ("sample", ["--prompt=wall", "--attention_map=taken/map.png"], "file for folder", "map.png could not be written (File"),
+    ("sample", ["--prompt=wall", "--attention_map=taken/map.png"], "file for folder", "map.png could not be written"),
 ]
 
 
