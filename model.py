@@ -423,7 +423,7 @@ class Block(nn.Module):
         self.attention = ATTENTIONS[config.attention](config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=False)
         self.mlp = nn.Sequential(OrderedDict(
-            up=nn.Linear(config.n_embd, config.n_inner, bias=False), gelu=nn.GELU(approximate="tanh"),
+            up=nn.Linear(config.n_embd, config.n_inner, bias=False), gelu=nn.GELU(),
             out=nn.Linear(config.n_inner, config.n_embd, bias=False), dropout=nn.Dropout(config.dropout)))
 
     def forward(self, x, start, cache):

@@ -36,8 +36,8 @@ RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if dist.i
 # --- Configuration: defaults, under a preset, under flags. The two dataclasses are the command line ------------------
 
 PRESETS = {
-    "cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_steps=560, optimizer="muon",
-                learning_rate=1e-2, warmup_steps=20, weight_decay=0.2, beta2=0.95, eval_interval=280),
+    "cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_steps=600, optimizer="muon",
+                learning_rate=1e-2, warmup_steps=20, weight_decay=0.2, beta2=0.95, eval_interval=300),
     "gpu": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, max_steps=5000, learning_rate=1e-3,
                 dropout=0.2, eval_interval=250),
     "gpt2": dict(dataset="openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=480,
@@ -165,13 +165,13 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(x):
-    """Matrices x (N, m, n) with their singular values brought to about 1, by five Newton-Schulz steps."""
+    """Matrices x (N, m, n), with singular values brought near 1: Polar Express (arXiv:2505.16932), its first 3 steps."""
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
+    x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for a, b, c in (8.28721, -23.59589, 17.30039), (4.10706, -2.94785, 0.54484), (3.94869, -2.90890, 0.55182):
         square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x
 
 
