@@ -156,7 +156,7 @@ class Muon(torch.optim.AdamW):
             if group["muon"]:
                 weights, rate = group["params"], group["lr"]
                 means = [self.state[w].setdefault("mean", torch.zeros_like(w)).lerp_(w.grad, 0.1) for w in weights]
-                steps = torch.stack([w.grad.lerp(mean, 0.9) for w, mean in zip(weights, means)])    # Nesterov's
+                steps = torch.stack([w.grad.lerp(mean, 0.9) for w, mean in zip(weights, means)])     # Nesterov's
                 steps = orthogonal(steps.flatten(0, -3)).view_as(steps) * (0.2 * max(steps.shape[-2:]) ** 0.5)
                 for w, step in zip(weights, steps):
                     w.mul_(1 - rate * group["weight_decay"]).sub_(step, alpha=rate)
@@ -170,7 +170,7 @@ def orthogonal(x):
         return orthogonal(x.mT).mT
     x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in (8.28721, -23.59589, 17.30039), (4.10706, -2.94785, 0.54484), (3.94869, -2.90890, 0.55182):
-        square = x @ x.mT
+        square = x @ x.mT                                                      # x <- (a + b x x^T + c (x x^T)^2) x
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x
 
@@ -385,7 +385,7 @@ def main(argv=None):
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         (run or Run(given)).go()
     except (MemoryError, RuntimeError) as error:
-        if "by peer" in str(error):                                            # another one has left, and said why
+        if any(words in str(error) for words in ("by peer", "remote process")):      # it has left, and said why
             sys.exit(1)
         if "memory" not in f"{type(error)} {error}".lower():
             raise

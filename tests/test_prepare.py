@@ -105,9 +105,9 @@ def test_openwebtext_streams_from_parquet(folder, gpt2, monkeypatch):
     before = contents()
     prepare.OPENWEBTEXT["data_files"] = "bad.parquet"
     Path("bad.parquet").write_text("no parquet")
-    assert "OpenWebText cannot be read" in call("prepare", "openwebtext")
+    assert "OpenWebText cannot be had" in call("prepare", "openwebtext")
     pyarrow.parquet.write_table(pyarrow.table({"text": [None] * 3}), "bad.parquet")
-    assert "OpenWebText cannot be read" in call("prepare", "openwebtext")
+    assert "OpenWebText cannot be had" in call("prepare", "openwebtext")
     Path("bad.parquet").unlink()
     assert contents() == before, "the data set before is kept"
 
