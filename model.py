@@ -550,8 +550,9 @@ class GPT(nn.Module):
             for name, weights in model.named_parameters():
                 if not weights.isfinite().all():
                     raise ValueError(f"not all weights of {name} are numbers")
-                if {(), *(x.shape for x in checkpoint["optimizer"][name].values())} != {(), weights.shape}:
-                    raise ValueError(f"its optimizer's state does not fit {name}")          # PyTorch would not look
+                shapes = {tensor.shape for tensor in checkpoint["optimizer"][name].values()}
+                if checkpoint["losses"] and {(), *shapes} != {(), weights.shape}:           # PyTorch would not look
+                    raise ValueError(f"its optimizer's state does not fit {name}")
             if tokenizer_size(checkpoint["tokenizer"]) > model.config.vocab_size:
                 raise ValueError("its tokenizer knows more tokens than its model")
         except OSError as error:

@@ -165,7 +165,7 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(x):
-    """Matrices x (N, m, n), with singular values brought near 1: Polar Express (arXiv:2505.16932), its first 3 steps."""
+    """Matrices x (N, m, n), with singular values brought near 1: Polar Express (arXiv:2505.16932), its first steps."""
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
     x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -223,7 +223,7 @@ def claim(folder, new):
         lock = sqlite3.connect(folder / "lock", timeout=0)                           # the system's own lock on a file
         lock.execute("BEGIN EXCLUSIVE")
     except (OSError, sqlite3.Error) as error:
-        raise UserError(f"{folder} is in use or cannot be written ({reason(error)}); choose another --out") from None
+        raise UserError(f"{folder} is in use or cannot be written ({reason(error)}); wait, or change --out") from None
     if new and any(folder.glob("*.pt")):
         raise UserError(f"{folder} holds a run already; go on with it by --resume, or choose another --out")
     for rest in folder.glob("*.tmp"):
@@ -256,9 +256,9 @@ class Run:
         dataset, meta, self.splits = prepare.find(train.dataset)
         self.device = choose_device(train.device, train.threads)
         self.train = replace(train, dataset=dataset, threads=torch.get_num_threads())
-        if len(self.splits["train"]) <= config.block_size:
-            raise UserError(f"block_size={config.block_size} must be less than the {len(self.splits['train'])} tokens")
         if past is None:
+            if (tokens := len(self.splits["train"])) <= config.block_size:
+                raise UserError(f"block_size={config.block_size} must be less than the {tokens} training tokens")
             past = dict(tokenizer=meta["tokenizer"], data_sha256=meta["sha256"], losses=[], log=[], seconds=0.0)
             torch.manual_seed(train.seed)
             size = prepare.tokenizer_size(meta["tokenizer"])                   # GPUs multiply round numbers faster

@@ -311,6 +311,23 @@ def wait_for(process, words):
 LONG = [*TINY[:-3], "--max_steps=1e6", "--eval_interval=1e6", "--out=out/long"]
 
 
+@pytest.mark.parametrize("at", [0, 1, 6])
+def test_a_crash_loses_no_more_than_the_steps_since_the_last_checkpoint(folder, monkeypatch, whole, at):
+    """Even before the first step a run can be resumed, and comes to the end of one that was never stopped."""
+    steps, batch, (flags, state, entries) = itertools.count(), train.batch, whole
+
+    def crashing(*args):
+        if next(steps) == at:
+            raise KeyboardInterrupt
+        return batch(*args)
+
+    monkeypatch.setattr(train, "batch", crashing)
+    assert call("train", *flags, "--out=out/parts") == "interrupted"
+    assert len(checkpoint("out/parts")["losses"]) == at // 4 * 4
+    assert call("train", "--resume", "--out=out/parts") is None
+    assert log("out/parts") == entries and checkpoint("out/parts")["losses"] == state["losses"]
+
+
 def test_a_second_signal_stops_at_once(folder, monkeypatch):
     monkeypatch.setattr(train, "batch", lambda *args: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)])
     before = contents()
