@@ -280,7 +280,7 @@ def draw(path, comparisons, method, height):
 
 
 def report(records, folder):
-    """Writes results.json, results.md, results.png and lengths.png to `folder`; of several records of a run, the
+    """Writes results.json, results.md and the three figures to `folder`; of several records of a run, the
     last counts. Raises UserError where there is none."""
     if not records:
         raise UserError(f"there is no finished run for {folder}/results.md; train some first: python tests/compare.py")
