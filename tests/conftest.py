@@ -20,7 +20,9 @@ sys.path.insert(0, str(ROOT))
 import prepare  # noqa: E402
 
 torch.set_num_threads(1)    # the tensors here are tiny: a second thread would wait more than it works
-signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell has it ignored in what it starts in the background
+os.environ["OMP_NUM_THREADS"] = "1"    # and no process looks how busy the machine is
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell has it ignored in what it starts behind it,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)                # and nohup this one
 
 TEXT = "".join(f"{i} green bottles hanging on the wall, and if {i % 7} should fall: {i * i}.\n" for i in range(400))
 TINY = ["--dataset=tiny", "--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16",
