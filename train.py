@@ -65,7 +65,7 @@ class TrainConfig:
                                           "accumulated up to batch_size (default: all at once)")
     max_steps: int = option(5000, "optimizer steps")
     optimizer: str = option("adamw", "of all matrices but embeddings; the rest has AdamW", ("adamw", "muon"))
-    learning_rate: float = option(1e-3, "at step 0; falls by a cosine to a tenth at max_steps")
+    learning_rate: float = option(1e-3, "without warm-up; falls by a cosine to a tenth at max_steps")
     warmup_steps: int = option(100, "first steps, in which the rate is scaled by a factor that grows to 1")
     weight_decay: float = option(0.1, "on matrices only")
     beta2: float = option(0.99, "AdamW's second moment; beta1 is 0.9")
@@ -357,7 +357,7 @@ class Run:
               f"heads, {config.n_embd} wide: {size:,} parameters\n"
               f"plan:  {train.max_steps:,} steps of {tokens:,} tokens, {epochs:.2g} x {train.dataset}, on "
               f"{WORLD} x {self.device}, {train.threads} threads, {dtype}, attention by {self.kernel}", flush=True)
-        self.save(*[] if self.losses else ["last.pt"])                         # if that fails, now and not in an hour
+        self.save(*["last.pt"] * (not self.losses))                            # if that fails, now and not in an hour
         progress = Progress(train.max_steps, len(self.losses))
         while len(self.losses) < train.max_steps:
             stop, step = self.step(), len(self.losses)
