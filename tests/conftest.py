@@ -29,6 +29,33 @@ TINY = ["--dataset=tiny", "--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd
         "--batch_size=4", "--max_steps=6", "--eval_interval=3", "--eval_tokens=500"]
 
 
+BESIDE = {}    # name: Python code that runs in a process of its own, beside all tests
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes(request):
+    """Starts them, if there is a test that asks for an answer."""
+    asked = any("answer" in item.fixturenames for item in request.session.items)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = {name: subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
+               for name, code in BESIDE.items() if asked}
+    yield started
+    for process in started.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def answer(processes):
+    """What one of them printed."""
+    def wait(name):
+        out, err = processes[name].communicate(timeout=600)
+        assert processes[name].returncode == 0, err
+        return out
+    return wait
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder in which `prepare.py tiny.txt` and a six-step `train.py` have run."""

@@ -14,7 +14,6 @@ from operator import itemgetter
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 
 from model import ATTENTIONS, POSITIONS, GPTConfig
 from prepare import UserError, write
@@ -228,7 +227,7 @@ class Comparison:
                     below.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.12, lw=0)
             above.axvline(0, color="k", lw=1)
             above.set(title=f"{pos} positions", xlabel="loss - qkv's", yticks=range(len(labels)), yticklabels=labels)
-            above.locator_params(axis="x", nbins=5)
+            above.locator_params(axis="x", nbins=3)
             below.axhline(0, color="k", lw=1)
             below.set(xlabel="step")
         above.invert_yaxis()
@@ -243,9 +242,8 @@ class Comparison:
                     remembered = run["remembered"] * 1.02 ** (number - len(self.labels) / 2)
                     style = {**self.style(label), "linestyle": "none"}
                     panel.errorbar(remembered, mean, half, label=label, capsize=3, **style)
-            panel.set_xscale("log", base=2)
-            panel.set(title=f"{pos} positions", xlabel="numbers remembered per token and layer")
-            panel.xaxis.set_major_formatter(ScalarFormatter())
+            panel.set(title=f"{pos} positions", xlabel="numbers remembered")
+            panel.locator_params(axis="x", nbins=4)
         figure.axes[0].set(ylabel="loss")
 
     def draw_lengths(self, figure):

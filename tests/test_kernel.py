@@ -9,7 +9,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 import weakref
 from itertools import combinations, product
 from random import Random
@@ -18,7 +17,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from conftest import ROOT, TINY, call
+from conftest import BESIDE, TINY, call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -574,13 +573,7 @@ def test_bf16_cannot_be_interpreted():
         qv_attention(q, q)
 
 
-# In processes of their own, where Triton compiles: started before the first test, asked in the last ones --------------
-
-
-def python(code):
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+# In processes of their own, where Triton compiles --------------------------------------------------------------------
 
 
 REFUSED = """
@@ -617,28 +610,9 @@ print(json.dumps([rows, variants]))
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def processes(request):
-    """Everything that needs a process of its own, at once beside the other tests; if such a test was asked for."""
-    if kernel.triton is None or not any("answer" in item.fixturenames for item in request.session.items):
-        yield {}
-        return
-    usage = "import runpy, sys; sys.argv = ['kernel.py', {!r}]; runpy.run_path('kernel.py', run_name='__main__')"
-    started = dict(report=python(REPORT), refused=python(REFUSED), help=python(usage.format("--help")))
-    yield started
-    for process in started.values():
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture(scope="module")
-def answer(processes):
-    """What one of them printed."""
-    def wait(name):
-        out, err = processes[name].communicate(timeout=600)
-        assert processes[name].returncode == 0, err
-        return out
-    return wait
+USAGE = "import runpy, sys; sys.argv = ['kernel.py', '--help']; runpy.run_path('kernel.py', run_name='__main__')"
+if kernel.triton:
+    BESIDE.update(report=REPORT, refused=REFUSED, help=USAGE)
 
 
 @compiles
