@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,30 +30,28 @@ TINY = ["--dataset=tiny", "--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd
         "--batch_size=4", "--max_steps=6", "--eval_interval=3", "--eval_tokens=500"]
 
 
-BESIDE = {}    # name: Python code that runs in a process of its own, beside all tests
+BESIDE = {}    # name: Python code for a process of its own
 
 
 @pytest.fixture(scope="session", autouse=True)
 def processes(request):
-    """Starts them, if there is a test that asks for an answer."""
+    """Runs them one after the other, beside all tests, if one of these asks for an answer."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}           # not what a test makes of it
+    run = lambda code: subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True,
+                                      text=True, timeout=600)
     asked = any("answer" in item.fixturenames for item in request.session.items)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    started = {name: subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
-               for name, code in BESIDE.items() if asked}
-    yield started
-    for process in started.values():
-        process.kill()
-        process.communicate()
+    with ThreadPoolExecutor(1) as pool:
+        yield {name: pool.submit(run, code) for name, code in BESIDE.items() if asked}
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="session")
 def answer(processes):
     """What one of them printed."""
     def wait(name):
-        out, err = processes[name].communicate(timeout=600)
-        assert processes[name].returncode == 0, err
-        return out
+        result = processes[name].result()
+        assert result.returncode == 0, result.stderr
+        return result.stdout
     return wait
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, call, checkpoint, contents, limited_file_size, log, program
+from conftest import BESIDE, ROOT, TEXT, TINY, call, checkpoint, contents, limited_file_size, log, program
 
 import model
 import prepare
@@ -492,13 +493,21 @@ assert call("compare", "--report") is None
 """
 
 
-def test_where_everything_is_ascii(folder):
+BESIDE["ascii"] = f"""
+import os, subprocess, sys, tempfile
+from pathlib import Path
+
+surroundings = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii")
+with tempfile.TemporaryDirectory() as folder:
+    subprocess.run([sys.executable, "-c", {ASCII!r}], cwd=folder, env=os.environ | surroundings, check=True)
+    assert "\u00b1" in Path(folder, "out/compare/results.md").read_text(encoding="utf-8")
+"""
+
+
+def test_where_everything_is_ascii(answer):
     """Files are UTF-8 nevertheless; on the screen, what is not ASCII is a question mark."""
-    surroundings = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii")
-    result = program("-c", ASCII, env=surroundings)
-    assert result.returncode == 0, result.stderr
-    assert "?" in result.stdout and result.stdout.isascii()
-    assert "±" in Path("out/compare/results.md").read_text(encoding="utf-8")
+    shown = answer("ascii")
+    assert "?" in shown and shown.isascii()
 
 
 @pytest.mark.parametrize("name", ["$a$^$", "two words; #'", os.fsdecode(b"\xff")])
@@ -567,25 +576,43 @@ def test_a_number_of_processes_that_nobody_can_meet_means_nothing(monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun's")
 
 
-def test_two_processes_are_one(folder):
-    """torchrun with gloo: the same global batch, half on each process, against one process that accumulates."""
-    flags = [*TINY[:-3], "--max_steps=6", "--eval_interval=2", "--eval_tokens=500"]
-    result = program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *flags)
-    assert result.returncode == 0, result.stderr
+TWO = [*TINY[:-3], "--max_steps=6", "--eval_interval=2", "--eval_tokens=500"]
+BESIDE["two"] = f"""
+import json, sys, tempfile
+sys.path.append("tests")
+from conftest import ROOT, TEXT, Path, checkpoint, log, program
+
+with tempfile.TemporaryDirectory() as folder:
+    Path(folder, "tiny.txt").write_text(TEXT)
+    for command in ["prepare.py", "tiny.txt"], ["train.py", *{TWO}]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] * (command[0] == "train.py")
+        result = program(*torchrun, ROOT / command[0], *command[1:], cwd=folder)
+        assert result.returncode == 0, result.stderr
     assert result.stdout.count("step 6:") == 1, "rank 0 alone speaks"
-    Path("out/tiny-qv_ka-agf").rename("out/two")
-    assert call("train", *flags, "--micro_batch_size=2", "--out=out/one") is None
-    for one, two in zip(log("out/one"), log("out/two"), strict=True):
+    run = Path(folder, "out/tiny-qv_ka-agf")
+    state = checkpoint(run)
+    weights = {{name: weight.tolist() for name, weight in state["model"].items()}}
+    print(json.dumps([log(run), state["losses"], weights]))
+"""
+
+
+def test_two_processes_are_one(folder, answer):
+    """torchrun with gloo: the same global batch, half on each process, against one process that accumulates."""
+    entries, losses, weights = json.loads(answer("two"))
+    assert call("train", *TWO, "--micro_batch_size=2", "--out=out/one") is None
+    for one, two in zip(log("out/one"), entries, strict=True):
         assert one == pytest.approx(two, rel=1e-5)
-    one, two = (checkpoint(run) for run in ("out/one", "out/two"))
-    assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
-    assert one["train_config"]["optimizer"] == "muon"
-    for name, weights in one["model"].items():
-        torch.testing.assert_close(weights, two["model"][name], rtol=1e-3, atol=1e-5)
+    state = checkpoint("out/one")
+    assert state["losses"] == pytest.approx(losses, rel=1e-5)
+    assert state["train_config"]["optimizer"] == "muon"
+    for name, weight in state["model"].items():
+        torch.testing.assert_close(weight, torch.tensor(weights[name]), rtol=1e-3, atol=1e-5)
 
 
 FAILING = f"""
 import os, signal, sys, time
+from pathlib import Path
+
 sys.path.insert(0, {str(ROOT)!r})
 import prepare, train
 
@@ -615,32 +642,38 @@ for where in "stop", "nan", "save", "data":
         dataset = "nowhere" if where == "data" else "tiny"
         prepare.run(lambda: train.main([f"--dataset={{dataset}}", f"--out=out/{{where}}", *sys.argv[1:]]))
     except SystemExit as stop:
-        print(where, stop.code, file=sys.__stdout__, flush=True)
-        if where == "stop":
-            stopped = train.torch.load("out/stop/last.pt", weights_only=True)
-            print(len(stopped["losses"]), file=sys.__stdout__, flush=True)
+        saved = [len(train.torch.load(path, weights_only=True)["losses"]) for path in Path("out", where).glob("last.pt")]
+        print(where, stop.code, *saved, sep="|", file=sys.__stdout__, flush=True)
 """
+BESIDE["failing"] = f"""
+import os, subprocess, sys, tempfile
+from pathlib import Path
 
-
-def test_when_one_process_fails_both_leave(folder):
-    """One of two is asked to stop, has a loss that is no number, cannot save, or finds no data: nobody waits for ever,
-    rank 0 says why in one sentence, and what was saved before is there."""
-    command = [sys.executable, "-c", FAILING, *TINY[1:-3], "--max_steps=9", "--eval_interval=3", "--eval_tokens=99"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}
-    processes = [subprocess.Popen(command, **pipes, env={**environment, "RANK": str(rank)}) for rank in range(2)]
+environment = os.environ | dict(TORCHELASTIC_RUN_ID="test", WORLD_SIZE="2")
+flags = {[*TINY[1:-3], "--max_steps=9", "--eval_interval=3", "--eval_tokens=99"]}
+with tempfile.TemporaryDirectory() as folder:
+    Path(folder, "tiny.txt").write_text({TEXT!r})
+    subprocess.run([sys.executable, {str(ROOT / "prepare.py")!r}, "tiny.txt"], cwd=folder, check=True)
+    processes = [subprocess.Popen([sys.executable, "-c", {FAILING!r}, *flags], cwd=folder, text=True,
+                                  env=environment | dict(RANK=str(rank)), stdout=subprocess.PIPE) for rank in range(2)]
     try:
-        first, errors = processes[0].communicate(timeout=60)
+        print(processes[0].communicate(timeout=60)[0])
         processes[1].terminate()                                    # as torchrun does with those that wait
-        second, more_errors = processes[1].communicate(timeout=60)
+        print("second:", processes[1].communicate(timeout=60)[0])
     finally:
         for process in processes:
             process.kill()
-    expected = ["stop stopped after step 5; it is saved: go", "nan train.py: the loss is nan at step 5",
-                "save train.py: the disk is full", "data train.py: data set 'nowhere' is missing"]
-    sentences = [line for line in first.splitlines() if line.startswith(("stop ", "nan ", "save ", "data "))]
-    assert [line[: len(words)] for line, words in zip(sentences, expected, strict=True)] == expected, errors
-    assert second.splitlines() == ["stop 1", "5", "nan 1", "save 1"], more_errors
-    assert "Error" not in errors + more_errors, more_errors
-    assert [len(checkpoint(f"out/{where}")["losses"]) for where in ("stop", "nan")] == [5, 3]
-    assert not [*Path("out/save").glob("*.pt")]
+"""
+
+
+def test_when_one_process_fails_both_leave(answer, processes):
+    """One of two is asked to stop, has a loss that is no number, cannot save, or finds no data: nobody waits for ever,
+    rank 0 says why in one sentence, and what was saved before is there."""
+    first, second = answer("failing").split("second: ")
+    expected = ["stop|stopped after step 5; it is saved: go", "nan|train.py: the loss is nan at step 5",
+                "save|train.py: the disk is full", "data|train.py: data set 'nowhere' is missing"]
+    sentences = [line for line in first.splitlines() if line.startswith(("stop|", "nan|", "save|", "data|"))]
+    assert [line[: len(words)] for line, words in zip(sentences, expected, strict=True)] == expected
+    assert [line.rpartition("|")[2] for line in sentences[:2]] == ["5", "3"], "steps that are saved"
+    assert second.split() == ["stop|1|5", "nan|1|3", "save|1"]
+    assert "Error" not in processes["failing"].result().stderr
