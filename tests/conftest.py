@@ -37,6 +37,7 @@ BESIDE = {}    # name: Python code for a process of its own
 def processes(request):
     """Runs them one after the other, beside all tests, if one of these asks for an answer."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}           # not what a test makes of it
+    environment.pop("TRITON_INTERPRET", None)
     run = lambda code: subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True,
                                       text=True, timeout=600)
     asked = any("answer" in item.fixturenames for item in request.session.items)
@@ -103,7 +104,7 @@ def call(program, *flags):
 
 def program(*command, **options):
     """Runs `python <command>` in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=60,
                           env=environment, **options)
 

@@ -1,6 +1,6 @@
 """What is lost when training is killed: nothing. Small runs are killed again and again, and compared with whole ones.
 
-    python tests/kill.py                                 50 kills in each of four settings: half an hour
+    python tests/kill.py                                 50 kills in each of four settings: a quarter of an hour
     python tests/kill.py --kills=10 --setting=two        two processes under torchrun, all killed at once
 
 For each setting one run is trained without a break. The same command is then started in another folder, gets SIGKILL at

@@ -642,7 +642,8 @@ for where in "stop", "nan", "save", "data":
         dataset = "nowhere" if where == "data" else "tiny"
         prepare.run(lambda: train.main([f"--dataset={{dataset}}", f"--out=out/{{where}}", *sys.argv[1:]]))
     except SystemExit as stop:
-        saved = [len(train.torch.load(path, weights_only=True)["losses"]) for path in Path("out", where).glob("last.pt")]
+        checkpoints = Path("out", where).glob("last.pt")
+        saved = [len(train.torch.load(path, weights_only=True)["losses"]) for path in checkpoints]
         print(where, stop.code, *saved, sep="|", file=sys.__stdout__, flush=True)
 """
 BESIDE["failing"] = f"""
