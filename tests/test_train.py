@@ -468,13 +468,24 @@ def test_a_new_run_never_overwrites_an_old_one(folder):
 # Where it runs --------------------------------------------------------------------------------------------------------
 
 
-def test_with_standard_streams_closed(folder):
+BESIDE["closed"] = f"""
+import subprocess, sys, tempfile
+from pathlib import Path
+
+with tempfile.TemporaryDirectory() as folder:
+    Path(folder, "tiny.txt").write_text({TEXT!r})
+    for name, *flags in ["prepare.py", "tiny.txt"], ["train.py", *{TINY}], ["sample.py", "--max_new_tokens=3"]:
+        closed = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, Path({str(ROOT)!r}, name)]
+        subprocess.run([*closed, *flags], cwd=folder, check=True)
+    sys.path.append({str(ROOT)!r})
+    from model import GPT
+    print(GPT.load(next(Path(folder).glob("out/*/last.pt")))[1]["losses"])
+"""
+
+
+def test_with_standard_streams_closed(trained, answer):
     """As some schedulers start programs. What is opened next would be written into by whoever prints."""
-    commands = ["train.py", *TINY, "--out=out/new"], ["sample.py", "--out=out/run", "--max_new_tokens=3"]
-    processes = [subprocess.Popen(["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, ROOT / name, *flags])
-                 for name, *flags in commands]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
-    assert GPT.load("out/new/last.pt")[1]["losses"] == checkpoint("out/run")["losses"]
+    assert json.loads(answer("closed")) == checkpoint(trained / "out/run")["losses"]
 
 
 ASCII = f"""
