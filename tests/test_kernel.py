@@ -131,7 +131,7 @@ def fresh(request):
 
 @runs
 @pytest.mark.parametrize("case", cases(
-    T=[1, 2, 17, 46], D=[16, 32, 64, 128], E=[0, 16, 64], decay=[False, True], dtype=DTYPES,
+    T=[1, 2, 17, 33, 46], D=[16, 32, 64, 128], E=[0, 16, 64], decay=[False, True], dtype=DTYPES,
     BHG=[(1, 1, 1), (2, 2, 2), (1, 3, 1), (1, 4, 2)], past=[0, 1, 15, 34],
     layout=["plain", "gaps", "heads first", "one buffer"]))
 def test_output_and_all_gradients(case):

@@ -7,7 +7,7 @@ import random, sys, tempfile
 sys.path.append("tests")
 import kill
 
-kill.FLAGS += ["--batch_size=1", "--eval_interval=1"]            # it writes at every step: a kill may find it at that
+kill.FLAGS += ["--n_embd=256", "--batch_size=1", "--eval_interval=1"]      # it writes most of the time
 with tempfile.TemporaryDirectory() as folder:
     kill.prepare_signs(folder)
     print(kill.trial(kill.Path(folder), "adamw", 2, random.Random(1), steps=24, early=0))

@@ -687,5 +687,6 @@ def test_when_one_process_fails_both_leave(answer, processes):
     sentences = [line for line in first.splitlines() if line.startswith(("stop|", "nan|", "save|", "data|"))]
     assert [line[: len(words)] for line, words in zip(sentences, expected, strict=True)] == expected
     assert [line.rpartition("|")[2] for line in sentences[:2]] == ["5", "3"], "steps that are saved"
+    assert not sentences[2][-1].isdigit(), "and of the full disk none"
     assert second.split() == ["stop|1|5", "nan|1|3", "save|1"]
     assert "Error" not in processes["failing"].result().stderr
