@@ -31,7 +31,7 @@ from prepare import Progress, UserError, new_parser, reason, run  # noqa: E402
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 H, D, TOKENS = 12, 64, 16384                                 # training: heads, their width, tokens in each batch
-LENGTHS, WIDTHS = (256, 1024, 4096, 16384), (0, 64, 128)     # ... T and d_ctx
+LENGTHS, WIDTHS = (1024, 4096, 16384), (0, 128)               # ... T and d_ctx
 DECODE_H, DECODE_G, DECODE_E = 32, 8, 128                    # decoding: heads, values if shared, d_ctx of QV-Ka
 BATCHES, CONTEXTS = (1, 8, 64), (1024, 4096, 16384, 65536)
 STEPS = 20                                                   # of a model
@@ -273,8 +273,7 @@ def attentions_to_decode(B, S):
     return {"QV": lambda: qv_decode(q, v, lengths=lengths),
             "QV-Ka": lambda: qv_decode(q, v, q_ctx, ctx, lengths=lengths),
             "QV, shared": lambda: qv_decode(q, shared, lengths=lengths),
-            **{backend.name.lower(): functools.partial(sdpa, backend) for backend in backends},
-            "flex_attention": lambda: flex_attention()(*qkv)}
+            **{backend.name.lower(): functools.partial(sdpa, backend) for backend in backends}}
 
 
 def bench_decoding(measuring):

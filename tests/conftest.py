@@ -26,8 +26,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell has it ign
 signal.signal(signal.SIGHUP, signal.SIG_DFL)                # and nohup this one
 
 TEXT = "".join(f"{i} green bottles hanging on the wall, and if {i % 7} should fall: {i * i}.\n" for i in range(400))
-TINY = ["--dataset=tiny", "--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16",
-        "--batch_size=4", "--max_steps=6", "--eval_interval=3", "--eval_tokens=500"]
+TINY = ["--dataset=tiny", "--preset=cpu", "--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16",
+        "--block_size=16", "--batch_size=4", "--max_steps=6", "--eval_interval=3", "--eval_tokens=500"]
 
 
 BESIDE = {}    # name: Python code for a process of its own

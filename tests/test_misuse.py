@@ -231,7 +231,7 @@ MISUSE = [
     ("train", [*NEW, "--micro_batch_size=3"], None, "batch_size=4 must be a multiple of 3, micro_batch_size x"),
     ("train", [*NEW, "--micro_batch_size=8"], None, "batch_size=4 must be a multiple of 8"),
     ("train", [*NEW, "--batch_size=1e15"], None, "must be at least 1, and less than 1048576"),
-    ("train", [*NEW, "--n_embd=100000000000"], None, "memory ran out; lower --micro_batch_size"),
+    ("train", [*NEW, "--n_embd=10000000000000"], None, "memory ran out; lower --micro_batch_size"),
 
     # prepare.py
     ("prepare", [], None, "the following arguments are required: NAME"),

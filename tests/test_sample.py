@@ -19,7 +19,7 @@ def test_prompts_from_everywhere(folder, capsys, monkeypatch):
     for flags in (["--prompt=hanging"], ["--prompt_file=prompt.txt"], ["--prompt_file=-"],
                   ["--prompt=hanging", "--no-cache"]):
         monkeypatch.setattr(sys, "stdin", open("prompt.txt"))
-        assert call("sample", *flags, "--max_new_tokens=20") is None
+        assert call("sample", *flags, "--max_new_tokens=20", "--device=cpu") is None
         captured = capsys.readouterr()
         texts.append(captured.out)
         assert ("cache of 2,048 bytes, 128 a token" if flags[-1] != "--no-cache" else "no cache") in captured.err
