@@ -31,13 +31,13 @@ from prepare import Progress, UserError, new_parser, reason, run  # noqa: E402
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 H, D, TOKENS = 12, 64, 16384                                 # training: heads, their width, tokens in each batch
-LENGTHS, WIDTHS = (1024, 4096, 16384), (0, 128)               # ... T and d_ctx
+LENGTHS, WIDTHS = (1024, 4096, 16384), (0, 128)              # ... T and d_ctx
 DECODE_H, DECODE_G, DECODE_E = 32, 8, 128                    # decoding: heads, values if shared, d_ctx of QV-Ka
 BATCHES, CONTEXTS = (1, 8, 64), (1024, 4096, 16384, 65536)
 STEPS = 20                                                   # of a model
 SHAPES = {                                                   # models, with the batch of a step: train.py's presets
-    "gpu": (64, dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65)),
     "gpt2": (12, dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257)),
+    "gpu": (64, dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65)),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,17 +337,17 @@ def clock(run):
 
 
 def bench_models(seconds):
-    """A line per shape, attention, positions, number of values and kernel."""
-    cases = [*product(SHAPES, ("qv", "qv_ka"), ("learned", "rope", "agf"), (False, True), ("torch", "triton"))]
+    """A line per shape, attention, positions and kernel."""
+    cases = [*product(SHAPES, ("qv", "qv_ka"), ("rope", "agf"), ("torch", "triton"))]
     measuring = Measuring(len(cases), seconds)
-    print("shape attention pos      values  kernel   first s   step ms  peak MiB  tokens/s")
-    for shape, attention, pos, shared, name in cases:
+    print("shape attention pos   kernel   first s   step ms  peak MiB  tokens/s")
+    for shape, attention, pos, name in cases:
         batch, sizes = SHAPES[shape]
-        config = GPTConfig(attention=attention, pos=pos, n_kv_head=1 if shared else sizes["n_head"], **sizes)
+        config = GPTConfig(attention=attention, pos=pos, **sizes)
         result = measuring(name, lambda: measure_model(name, batch, config))
         torch.compiler.reset()
         cells = "".join(f"{x:10.1f}" for x in result) if result else "         -"
-        print(f"{shape:5} {attention:9} {pos:8} {config.n_kv_head:6}  {name:6}{cells}", flush=True)
+        print(f"{shape:5} {attention:9} {pos:5} {name:6}{cells}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -311,20 +311,23 @@ def test_a_variant_is_compared_with_qkv_by_the_flags_that_qkv_has():
 
 def test_the_picture_of_lengths_tells_attentions_and_variants_apart(tmp_path, monkeypatch):
     """A line has the colour and marker of its attention, a variant's is broken, and the legend is of all panels."""
-    groups = ("rope", "qkv"), ("rope", "qv_ka"), ("agf", "qkv"), ("agf", "qv_ka", "d_ctx=8"), ("agf", "mine")
+    groups = (("rope", "qkv"), ("rope", "qv_ka"), ("agf", "qkv"), ("agf", "qv_ka", "d_ctx=8"),
+              ("agf", "qv_ka", "d_ctx=9"), ("agf", "mine"))
     records = [made_up(attention, pos, seed, 1.0, 1.0, flags, {"16": 1.0 * seed, "32": 2.0 * seed})
                for seed in (1, 2) for pos, attention, *flags in groups]
     figures = []
     monkeypatch.setattr(report.Figure, "savefig", lambda self, path, **options: (figures.append(self), path.touch()))
     report.report(records, tmp_path)
     (frontier,), (part,) = figures[1].subfigs, figures[2].subfigs
-    points = [container.lines[0].get_xdata()[0] for panel in frontier.axes for container in panel.containers]
-    assert len(points) == len(groups) and points == pytest.approx([3] * len(groups), rel=0.05)
-    assert [text.get_text() for text in part.legends[0].get_texts()] == ["qkv", "qv_ka", "qv_ka d_ctx=8", "mine"]
+    points = {container.get_label(): container.lines[0].get_xdata() for container in frontier.axes[0].containers}
+    assert len(frontier.axes) == 1 and [*points] == ["qkv", "qv_ka", "mine"], "agf has more attentions than rope"
+    assert [x for xs in points.values() for x in xs] == pytest.approx([3, 3, 3, 3], rel=0.05), "a variant on its line"
+    legend = [text.get_text() for text in part.legends[0].get_texts()]
+    assert legend == ["qkv", "qv_ka", "qv_ka d_ctx=8", "qv_ka d_ctx=9", "mine"]
     lines = {container.get_label(): container.lines[0] for panel in part.axes for container in panel.containers}
     looks = {label: (line.get_color(), line.get_marker(), line.get_linestyle()) for label, line in lines.items()}
     assert looks == {"qkv": ("k", "o", "-"), "qv_ka": ("#0072B2", "D", "-"), "qv_ka d_ctx=8": ("#0072B2", "D", "--"),
-                     "mine": ("0.4", "X", "-")}
+                     "qv_ka d_ctx=9": ("#0072B2", "D", ":"), "mine": ("0.4", "X", "-")}
     assert lines["qv_ka d_ctx=8"].get_markerfacecolor() == "white" != lines["qv_ka"].get_markerfacecolor()
     assert lines["qkv"].get_ydata() == pytest.approx([1.5, 3.0])
 
