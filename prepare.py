@@ -215,7 +215,7 @@ def load(name):
         return meta, splits
     except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         prepared = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
-        source = name if name in (*SOURCES, "openwebtext") else shlex.quote(f"PATH/{name}.txt")
+        source = name if name in (*SOURCES, "openwebtext") else shlex.quote(f"PATH/{name.removesuffix('.txt')}.txt")
         raise UserError(f"data set {name!r} is missing or damaged ({error}; prepared are: {prepared}); "
                         f"run: python prepare.py {source}") from None
 
@@ -227,7 +227,7 @@ def read_text(path):
     try:
         return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({reason(error)}); give another, or convert it") from None
+        raise UserError(f"{path} cannot be read as UTF-8 text ({reason(error)}); mend its path, or convert it") from None
 
 
 def shakespeare():
