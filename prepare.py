@@ -227,7 +227,7 @@ def read_text(path):
     try:
         return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({reason(error)}); mend its path, or convert it") from None
+        raise UserError(f"{path} cannot be read as UTF-8 text ({reason(error)}); mend the path or convert it") from None
 
 
 def shakespeare():

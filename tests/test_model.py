@@ -442,20 +442,19 @@ def test_a_wrong_configuration_gets_a_sentence(wrong, words):
 
 
 def readmes_python():
-    """The README's attention of one's own, and the two lines by which it gets a flag."""
-    return re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S)
+    """The README's attention of one's own, and the line by which it gets a flag."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    return *re.findall(r"```python\n(.*?)```", text, re.S), *re.findall(r"`(shared_route: .*)`", text)
 
 
 def test_the_readmes_own_flag(monkeypatch):
     code, flag = readmes_python()
-    field, use = flag.splitlines()
-    source = Path(model_py.__file__).read_text() + "\n\n" + code
-    for place, line in ("\n    def __post_init__", field + "\n"), ("        self.route =", use + "\n"):
-        assert source.count(place) == 1
-        source = source.replace(place, line + place)
+    code = code.replace("torch.empty(H, D, D)", "torch.empty(1 if config.shared_route else H, D, D)")
+    source, end = Path(model_py.__file__).read_text() + "\n\n" + code, "\n    def __post_init__"
+    assert source.count(end) == 1
     fork = types.ModuleType("fork")
     monkeypatch.setitem(sys.modules, "fork", fork)
-    exec(source, vars(fork))
+    exec(source.replace(end, f"    {flag}\n{end}"), vars(fork))
     for shared, shape in (True, (1, 8, 8)), (False, (4, 8, 8)):
         config = fork.GPTConfig(attention="keyless", shared_route=shared, **SMALL)
         assert fork.GPT(config).blocks[0].attention.route.shape == shape
