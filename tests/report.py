@@ -209,6 +209,7 @@ class Comparison:
     def draw_gaps(self, figure):
         """Above, the differences to qkv, and each seed's as a faint dot; below, how they develop early in training."""
         labels = unique(label for pos, label in self.groups if self.gap(pos, label))
+        labels = [label for label in labels if " " not in label] or labels           # variants where there is no other
         axes = figure.subplots(2, len(self.positions), sharex="row", sharey="row", squeeze=False,
                                height_ratios=(len(labels) + 3, 9))
         for pos, above, below in zip(self.positions, *axes):
@@ -217,7 +218,6 @@ class Comparison:
                     (mean, half), style = interval(gap), self.style(label)
                     above.plot(gap, [row] * len(gap), ".", color=style["color"], alpha=0.35)
                     above.errorbar(mean, row, xerr=half, capsize=3, **style)
-                if gap and label in ATTENTIONS:
                     mean, half = interval(self.gap(pos, label, "early_curve"))
                     steps = (np.arange(len(mean)) + 0.5) / len(mean) * self.values(label, pos, "early_steps")[0]
                     below.plot(steps, mean, label=label, markevery=4, **style)

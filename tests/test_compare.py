@@ -318,7 +318,8 @@ def test_the_picture_of_lengths_tells_attentions_and_variants_apart(tmp_path, mo
     figures = []
     monkeypatch.setattr(report.Figure, "savefig", lambda self, path, **options: (figures.append(self), path.touch()))
     report.report(records, tmp_path)
-    (frontier,), (part,) = figures[1].subfigs, figures[2].subfigs
+    (gaps,), (frontier,), (part,) = (figure.subfigs for figure in figures)
+    assert [text.get_text() for text in gaps.axes[0].get_yticklabels()] == ["qv_ka", "mine"], "no variants"
     points = {container.get_label(): container.lines[0].get_xdata() for container in frontier.axes[0].containers}
     assert len(frontier.axes) == 1 and [*points] == ["qkv", "qv_ka", "mine"], "agf has more attentions than rope"
     assert [x for xs in points.values() for x in xs] == pytest.approx([3, 3, 3, 3], rel=0.05), "a variant on its line"
