@@ -300,7 +300,7 @@ def main(argv=None):
     parser.add_argument("name", metavar="NAME", help=f"{', '.join(known)}, or the path of a UTF-8 text file")
     parser.add_argument("--tokenizer", choices=("char", "gpt2"), help="for a text of your own (default: char)")
     parser.add_argument("--tokens", type=whole, help="openwebtext: stop after so many (default: all, 9 billion, 18 GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name made of another text")
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name made of another file")
     args = parser.parse_args(argv)
     web, name = args.name == "openwebtext", args.name if args.name in known else Path(args.name).stem
     if args.tokenizer and args.name in known or args.tokens is not None and not web:

@@ -231,8 +231,8 @@ class Comparison:
         axes[1, 0].set(ylabel="training loss - qkv's")
 
     def draw_frontier(self, figure):
-        """The loss against what a token leaves behind, for the positions of most groups: an attention and its variants on
-        a line, a little apart from others that remember as much."""
+        """The loss against what a token leaves behind, for the positions of most groups: an attention and its variants
+        on a line, a little apart from others that remember as much."""
         counts = Counter(pos for pos, label in self.groups)
         positions = [pos for pos in self.positions if counts[pos] == max(counts.values())]
         attentions = unique(label.split()[0] for label in self.labels)
@@ -245,7 +245,7 @@ class Comparison:
                     (remembered, means, halves), (colour, marker) = np.transpose(points), STYLES[attention]
                     remembered *= 1.015 ** (number - len(attentions) / 2)
                     panel.errorbar(remembered, means, halves, label=attention, capsize=3, color=colour, marker=marker)
-            panel.set(title=f"{pos} positions", xlabel="numbers remembered for a token in a layer")
+            panel.set(title=f"{pos} positions", xlabel="numbers remembered for a token in a layer (a little apart)")
         figure.axes[0].set(ylabel="loss")
 
     def draw_lengths(self, figure):

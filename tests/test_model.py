@@ -442,26 +442,25 @@ def test_a_wrong_configuration_gets_a_sentence(wrong, words):
 
 
 def readmes_python():
-    """The README's attention of one's own, and the line by which it gets a flag."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    return *re.findall(r"```python\n(.*?)```", text, re.S), *re.findall(r"`(shared_route: .*)`", text)
+    """The README's attention of one's own."""
+    return re.search(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S)[1]
 
 
-def test_the_readmes_own_flag(monkeypatch):
-    code, flag = readmes_python()
-    code = code.replace("torch.empty(H, D, D)", "torch.empty(1 if config.shared_route else H, D, D)")
+def test_a_flag_of_ones_own(monkeypatch):
+    code = readmes_python().replace("torch.empty(H, D, D)", "torch.empty(1 if config.shared_route else H, D, D)")
+    field = '    shared_route: bool = option(False, "one route for all", only=dict(attention=("keyless",)))\n'
     source, end = Path(model_py.__file__).read_text() + "\n\n" + code, "\n    def __post_init__"
     assert source.count(end) == 1
     fork = types.ModuleType("fork")
     monkeypatch.setitem(sys.modules, "fork", fork)
-    exec(source.replace(end, f"    {flag}\n{end}"), vars(fork))
+    exec(source.replace(end, field + end), vars(fork))
     for shared, shape in (True, (1, 8, 8)), (False, (4, 8, 8)):
         config = fork.GPTConfig(attention="keyless", shared_route=shared, **SMALL)
         assert fork.GPT(config).blocks[0].attention.route.shape == shape
 
 
 def test_the_readmes_own_attention():
-    code, _ = readmes_python()
+    code = readmes_python()
     before = dict(ATTENTIONS)
     try:
         exec(code, vars(model_py))
