@@ -292,7 +292,7 @@ def report(records, folder):
     lines = "[\n" + ",\n".join(json.dumps(run) for run in runs.values()) + "\n]\n"
     write(folder / "results.json", lambda temporary: temporary.write_text(lines, encoding="utf-8"))
     write(folder / "results.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    compared = [one for one in comparisons if any(len(one.gap(*group)) > 1 for group in one.groups)]     # an interval's
+    compared = [one for one in comparisons if any(len(one.gap(*group)) > 1 for group in one.groups)]     # by 2 seeds
     draw(folder / "results.png", compared, Comparison.draw_gaps, 7)
     draw(folder / "frontier.png", compared, Comparison.draw_frontier, 4.5)
     longer = [comparison for comparison in comparisons if comparison.lengths]
