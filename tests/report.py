@@ -231,19 +231,19 @@ class Comparison:
         axes[1, 0].set(ylabel="training loss - qkv's")
 
     def draw_frontier(self, figure):
-        """The loss against what a token leaves behind, for the positions of most groups: an attention and its variants
-        on a line, a little apart from others that remember as much."""
-        counts = Counter(pos for pos, label in self.groups)
-        positions = [pos for pos in self.positions if counts[pos] == max(counts.values())]
-        attentions = unique(label.split()[0] for label in self.labels)
+        """The loss against what a token leaves behind, an attention's variants on its line; where most is known."""
+        groups = {(pos, label): runs for (pos, label), runs in self.groups.items()
+                  if {flag.partition("=")[0] for flag in label.split()[1:]} <= QKV_LACKS} or self.groups
+        counts = Counter(pos for pos, label in groups)
+        positions = [pos for pos in counts if counts[pos] == max(counts.values())]
         for pos, panel in zip(positions, figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]):
-            for number, attention in enumerate(attentions):
+            for number, attention in enumerate(unique(label.split()[0] for _, label in groups)):
                 points = sorted((next(iter(runs.values()))["remembered"], *interval(self.values(label, pos)))
-                                for (there, label), runs in self.groups.items()
+                                for (there, label), runs in groups.items()
                                 if (there, label.split()[0]) == (pos, attention))
                 if points:
                     (remembered, means, halves), (colour, marker) = np.transpose(points), STYLES[attention]
-                    remembered *= 1.015 ** (number - len(attentions) / 2)
+                    remembered *= 1.015 ** (number - 2)
                     panel.errorbar(remembered, means, halves, label=attention, capsize=3, color=colour, marker=marker)
             panel.set(title=f"{pos} positions", xlabel="numbers remembered for a token in a layer (a little apart)")
         figure.axes[0].set(ylabel="loss")

@@ -312,7 +312,7 @@ def test_a_variant_is_compared_with_qkv_by_the_flags_that_qkv_has():
 def test_the_picture_of_lengths_tells_attentions_and_variants_apart(tmp_path, monkeypatch):
     """A line has the colour and marker of its attention, a variant's is broken, and the legend is of all panels."""
     groups = (("rope", "qkv"), ("rope", "qv_ka"), ("agf", "qkv"), ("agf", "qv_ka", "d_ctx=8"),
-              ("agf", "qv_ka", "d_ctx=9"), ("agf", "mine"))
+              ("agf", "qv_ka", "d_ctx=9"), ("agf", "mine"), ("agf", "qkv", "max_steps=9"))
     records = [made_up(attention, pos, seed, 1.0, 1.0, flags, {"16": 1.0 * seed, "32": 2.0 * seed})
                for seed in (1, 2) for pos, attention, *flags in groups]
     figures = []
@@ -321,12 +321,13 @@ def test_the_picture_of_lengths_tells_attentions_and_variants_apart(tmp_path, mo
     (gaps,), (frontier,), (part,) = (figure.subfigs for figure in figures)
     assert [text.get_text() for text in gaps.axes[0].get_yticklabels()] == ["qv_ka", "mine"], "no variants"
     points = {container.get_label(): container.lines[0].get_xdata() for container in frontier.axes[0].containers}
-    assert len(frontier.axes) == 1 and [*points] == ["qkv", "qv_ka", "mine"], "agf has more attentions than rope"
-    assert [x for xs in points.values() for x in xs] == pytest.approx([3, 3, 3, 3], rel=0.05), "a variant on its line"
+    assert len(frontier.axes) == 1 and [*points] == ["qkv", "qv_ka", "mine"], "agf has more than rope"
+    assert [x for xs in points.values() for x in xs] == pytest.approx([3, 3, 3, 3], rel=0.05), "not max_steps=9"
     legend = [text.get_text() for text in part.legends[0].get_texts()]
-    assert legend == ["qkv", "qv_ka", "qv_ka d_ctx=8", "qv_ka d_ctx=9", "mine"]
+    assert legend == ["qkv", "qv_ka", "qkv max_steps=9", "qv_ka d_ctx=8", "qv_ka d_ctx=9", "mine"]
     lines = {container.get_label(): container.lines[0] for panel in part.axes for container in panel.containers}
     looks = {label: (line.get_color(), line.get_marker(), line.get_linestyle()) for label, line in lines.items()}
+    assert looks.pop("qkv max_steps=9") == ("k", "o", "--")
     assert looks == {"qkv": ("k", "o", "-"), "qv_ka": ("#0072B2", "D", "-"), "qv_ka d_ctx=8": ("#0072B2", "D", "--"),
                      "qv_ka d_ctx=9": ("#0072B2", "D", ":"), "mine": ("0.4", "X", "-")}
     assert lines["qv_ka d_ctx=8"].get_markerfacecolor() == "white" != lines["qv_ka"].get_markerfacecolor()
