@@ -231,10 +231,10 @@ class Comparison:
         axes[1, 0].set(ylabel="training loss - qkv's")
 
     def draw_frontier(self, figure):
-        """The loss against what a token leaves behind, an attention's variants on its line; where most is known."""
+        """The loss against what a token leaves behind, an attention and its variants on a line."""
         groups = {(pos, label): runs for (pos, label), runs in self.groups.items()
                   if {flag.partition("=")[0] for flag in label.split()[1:]} <= QKV_LACKS} or self.groups
-        counts = Counter(pos for pos, label in groups)
+        counts = Counter(pos for pos, label in groups)                               # most groups: what is drawn
         positions = [pos for pos in counts if counts[pos] == max(counts.values())]
         for pos, panel in zip(positions, figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]):
             for number, attention in enumerate(unique(label.split()[0] for _, label in groups)):
@@ -245,7 +245,7 @@ class Comparison:
                     (remembered, means, halves), (colour, marker) = np.transpose(points), STYLES[attention]
                     remembered *= 1.015 ** (number - 2)
                     panel.errorbar(remembered, means, halves, label=attention, capsize=3, color=colour, marker=marker)
-            panel.set(title=f"{pos} positions", xlabel="numbers remembered for a token in a layer (a little apart)")
+            panel.set(title=f"{pos} positions", xlabel="numbers remembered per token and layer (set apart a little)")
         figure.axes[0].set(ylabel="loss")
 
     def draw_lengths(self, figure):
@@ -292,7 +292,7 @@ def report(records, folder):
     lines = "[\n" + ",\n".join(json.dumps(run) for run in runs.values()) + "\n]\n"
     write(folder / "results.json", lambda temporary: temporary.write_text(lines, encoding="utf-8"))
     write(folder / "results.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    compared = [one for one in comparisons if any(len(one.gap(*group)) > 1 for group in one.groups)]     # by 2 seeds
+    compared = [one for one in comparisons if any(len(one.gap(*group)) > 1 for group in one.groups)]  # intervals
     draw(folder / "results.png", compared, Comparison.draw_gaps, 7)
     draw(folder / "frontier.png", compared, Comparison.draw_frontier, 4.5)
     longer = [comparison for comparison in comparisons if comparison.lengths]

@@ -36,6 +36,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:divide by zero encountered in l
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 runs = pytest.mark.skipif(not CUDA and not kernel.INTERPRETED, reason="needs triton, and a GPU or its interpreter")
+VERSION = kernel.triton and tuple(map(int, kernel.triton.__version__.split(".")[:2]))
 compiles = pytest.mark.skipif(kernel.triton is None, reason="needs triton")
 
 
@@ -647,7 +648,7 @@ def test_every_kernel_compiles_and_fits(arch, report):
     for row in rows:
         print(*(f"{name}={x}" for name, x in row.items()))
         assert row["shared"] <= (99 if arch == 80 else 227) * 1024                # what a block gets on sm_86 and sm_90
-        assert row["spilled"] <= 80 and row["registers"] > 0                        # by Triton 3.9 none, by 3.6 one: 80
+        assert row["spilled"] <= (0 if VERSION >= (3, 9) else 80) and row["registers"] > 0
 
 
 @compiles
