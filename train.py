@@ -382,6 +382,7 @@ def main(argv=None):
     try:
         run = Run(given) if RANK == 0 else None                                # the first prepares the data, or says
         if WORLD > 1:                                                          # what is wrong, while the others wait
+            from torch.distributed import nn                                   # noqa: F401 (later, it keeps the group)
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         (run or Run(given)).go()
     except (MemoryError, RuntimeError) as error:
@@ -389,8 +390,7 @@ def main(argv=None):
             sys.exit(1)
         if "memory" not in f"{type(error)} {error}".lower():
             raise
-        raise UserError("memory ran out; lower --micro_batch_size, which changes nothing but dropout, or --n_embd, "
-                        "--n_layer or --block_size") from None
+        raise UserError("memory ran out; lower --micro_batch_size, or else --n_embd, --n_layer, --block_size") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
