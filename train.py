@@ -357,7 +357,7 @@ class Run:
               f"heads, {config.n_embd} wide: {size:,} parameters, trained for {len(self.losses):,} steps\n"
               f"plan:  {train.max_steps:,} steps of {tokens:,} tokens, {epochs:.2g} x {train.dataset}, on "
               f"{WORLD} x {self.device}, {train.threads} threads, {dtype}, attention by {self.kernel}", flush=True)
-        self.save(*([] if self.losses else ["last.pt"]))                       # if that fails, now and not in an hour
+        self.save(*["last.pt"] * (not self.losses))                            # if that fails, now and not in an hour
         progress = Progress(train.max_steps, len(self.losses))
         while len(self.losses) < train.max_steps:
             stop, step = self.step(), len(self.losses)

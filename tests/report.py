@@ -1,9 +1,7 @@
 """What finished runs show: results.md, results.json, results.png, frontier.png and lengths.png, from the records that
-compare.py makes: a dict for each run, with its `attention`, `pos` and `seed`, the `flags` that make it a variant, its
-`best_val_loss`, and so on.
+compare.py makes: a dict for each run, with its `attention`, `pos`, `seed`, the `flags` that make it a variant, etc.
 
-Runs of one seed saw the same batches, so attentions are compared seed by seed: the difference of two losses varies less
-than either. What is said of a mean over seeds is its 95 % interval, in tables and figures alike.
+Runs of one seed saw the same batches. So attentions are compared seed by seed: such differences vary less than losses.
 """
 
 import json
@@ -22,6 +20,7 @@ from prepare import UserError, write
 ONLY = {field.name: field.metadata["only"] for field in fields(GPTConfig)}       # {flag: {other: values that it needs}}
 # Flags by which an attention is unlike qkv, or, by n_inner, as large: qkv, its rival, is without them.
 QKV_LACKS = {*(name for name, only in ONLY.items() if only), "n_inner"}
+MEMORY = QKV_LACKS - {"n_inner", "shared_wk"}                                    # of these, what changes the memory
 
 # A claim; a sum over runs of one seed, and of the positions at hand or those named; on which side of zero it must be;
 # and, if not the loss, which number of the records is summed. What the table of claims shows is what is computed.
@@ -40,6 +39,8 @@ CLAIMS = [
     ("QV with 2 values is worse than MQA, which remembers as much", "qv n_kv_head=2 - gqa n_kv_head=1", ">"),
     ("QV-Ka with 1 value is better than MQA, which remembers as much",
      "qv_ka d_ctx=32 n_kv_head=1 - gqa n_kv_head=1", "<"),
+    ("QV-Ka with one W_K for all heads is worse than with one each", "qv_ka shared_wk=True - qv_ka", ">"),
+    ("QV-Ka with a context half as wide, of a head's width, is worse", "qv_ka d_ctx=32 - qv_ka", ">"),
     ("QKV is worse than with rope", "qkv - rope qkv", ">"),
 ]
 TERM = re.compile(rf"(?:^|([+-]) )([\d.]+ )?(?:({'|'.join(POSITIONS)}) )?(\w+(?: \w+=\S+)*)")
@@ -48,11 +49,10 @@ MEANING = """\
 Made by `python tests/compare.py --report` from the results.json beside it.
 
 - A **loss** is the best that a run reached, in nats per token over the whole validation split (preset gpt2: over its
-  first 2,000,000 tokens). A **difference** is taken between runs of one seed, which saw the same batches, and then
-  averaged over the seeds.
+  first 2,000,000 tokens). A **difference** is of runs of one seed, which saw the same batches, averaged over seeds.
 - **±** is half the width of the 95 % interval of a mean over seeds (Student's t), here and in the figures. Two losses
-  whose intervals overlap may still differ clearly: look at their difference.
-- **Bold** is a difference whose interval leaves out zero. Where nothing differs, one in twenty is bold by chance.
+  whose intervals overlap may still differ clearly: look at their difference, **bold** where its interval leaves out
+  zero. Where nothing differs, one in twenty is bold by chance.
 - A claim **holds**, or **does not hold**, if its difference is told from zero, on its side or the other, at a level of
   5 % for all verdicts of a table together (Student's t test, Holm's correction); else it is **undecided**.
 - **Remembered** are numbers for one token in one layer. **Tokens/s** are the most of any seed, on a machine in use.
@@ -187,14 +187,16 @@ class Comparison:
             step, *sizes = (f"{np.median([run[name] for run in runs.values()]):,.0f}" for name in (
                 "best_step", "attention_parameters", "parameters", "remembered"))
             speed = max(run["tokens_per_second"] for run in runs.values())
-            loss, gap = told(self.values(label, pos)), difference(self.gap(pos, label))
-            groups.append([pos, label, len(runs), loss, gap, step, *sizes, f"{speed:,}"])
+            gaps = difference(self.gap(pos, label)), difference(self.gap(pos, label, "early_loss"))
+            groups.append([pos, label, len(runs), told(self.values(label, pos)), *gaps, step, *sizes, f"{speed:,}"])
             if losses := self.longer(pos, label):
                 longer.append([pos, label, *(told(losses.get(length)) for length in self.lengths)])
+        claims = list(self.claims())
+        verdicts = sum(cell != "" for _, _, *cells in claims for cell in cells)
         tables = (
-            table(["claim", "holds if", *self.positions], list(self.claims())),
-            table(["positions", "attention", "seeds", "loss", "loss - qkv's", "at step", "parameters in attention",
-                   "in all", "remembered", "training tokens/s"], groups),
+            table([f"claim ({verdicts} verdicts)", "holds if", *self.positions], claims),
+            table(["positions", "attention", "seeds", "loss", "loss - qkv's", "training loss, first fifth - qkv's",
+                   "at step", "parameters in attention", "in all", "remembered", "training tokens/s"], groups),
             table(["positions", "attention", *(f"loss in {n} tokens" for n in self.lengths)], longer))
         return "\n".join([f"## {self.title}\n", *filter(None, tables)])
 
@@ -202,8 +204,7 @@ class Comparison:
         """Colour and marker tell the attention; hollow markers and broken lines tell its variants."""
         attention = label.split()[0]
         number = [other for other in self.labels if other.split()[0] == attention].index(label)
-        colour, marker = STYLES[attention]
-        line = ("-", "--", ":", "-.")[number % 4]
+        (colour, marker), line = STYLES[attention], ("-", "--", ":", "-.")[number % 4]
         return dict(color=colour, marker=marker, markerfacecolor="white" if number else colour, linestyle=line)
 
     def draw_gaps(self, figure):
@@ -233,7 +234,7 @@ class Comparison:
     def draw_frontier(self, figure):
         """The loss against what a token leaves behind, an attention and its variants on a line."""
         groups = {(pos, label): runs for (pos, label), runs in self.groups.items()
-                  if {flag.partition("=")[0] for flag in label.split()[1:]} <= QKV_LACKS} or self.groups
+                  if {flag.partition("=")[0] for flag in label.split()[1:]} <= MEMORY} or self.groups
         counts = Counter(pos for pos, label in groups)                               # most groups: what is drawn
         positions = [pos for pos in counts if counts[pos] == max(counts.values())]
         for pos, panel in zip(positions, figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]):
@@ -280,8 +281,7 @@ def draw(path, comparisons, method, height):
 
 
 def report(records, folder):
-    """Writes results.json, results.md and the three figures to `folder`; of several records of a run, the
-    last counts. Raises UserError where there is none."""
+    """Writes all that to `folder`; of several records of one run the last counts. Raises UserError if there is none."""
     if not records:
         raise UserError(f"there is no finished run for {folder}/results.md; train some first: python tests/compare.py")
     identity = itemgetter("preset", "dataset", "pos", "attention", "seed")

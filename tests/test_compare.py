@@ -110,13 +110,13 @@ def test_every_figure_of_the_report_is_of_the_runs(swept):
     ((claim, condition, told),) = [row for row in rows(text) if row[0].startswith("C")]
     assert (claim, condition) == ("C1: QV is worse than QKV", "qv - qkv > 0") and gap in told, "and no other claim"
     sizes = 3 * 16 * 16 + 2, 3 * 16 * 16 + 2 + 8 * 16 * 16 + 3 * 16 + len(set(TEXT)) * 16
-    groups = {row[1]: row for row in rows(text) if row[0] == "agf" and len(row) == 10}
+    groups = {row[1]: row for row in rows(text) if row[0] == "agf" and len(row) == 11}
     assert [cell.strip("*") for cell in groups["qv"][:5]] == ["agf", "qv", "2", pm(losses["qv"]), gap]
-    assert groups["qv"][6:9] == [f"{sizes[0]:,}", f"{sizes[1]:,}", "16"] and groups["qkv"][8] == "32"
+    assert groups["qv"][7:10] == [f"{sizes[0]:,}", f"{sizes[1]:,}", "16"] and groups["qkv"][9] == "32"
     assert groups["qkv"][3:5] == [pm(losses["qkv"]), ""]
     speeds = [STEPS * 4 * 16 / torch.load(place("qv", seed) / "last.pt", weights_only=True)["seconds"]
               for seed in (1337, 1338)]
-    assert groups["qv"][9] == f"{max(speeds):,.0f}"
+    assert groups["qv"][10] == f"{max(speeds):,.0f}"
     last = torch.load(place("qv", 1338) / "last.pt", weights_only=True)
     stored = [run for run in json.loads(Path("out/compare/results.json").read_text()) if run["attention"] == "qv"]
     assert [run["seed"] for run in stored] == [1337, 1338] and stored[0]["flags"] == stored[1]["flags"]
@@ -248,7 +248,7 @@ def test_a_report_of_known_numbers(tmp_path):
     report.report(records, tmp_path)
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     found = {tuple(row[:2]): row[2:] for row in rows(text)}
-    assert found["claim", "holds if"] == ["learned", "rope", "agf"]
+    assert found["claim (13 verdicts)", "holds if"] == ["learned", "rope", "agf"]
     assert found["C1: QV is worse than QKV", "qv - qkv > 0"] == [
         "**+0.0800 ± 0.0000** holds", "", "**+0.0300 ± 0.0000** holds"]
     assert found["C2: QV's gap to QKV is less than half of that with learned positions",
@@ -263,9 +263,10 @@ def test_a_report_of_known_numbers(tmp_path):
                  "qv_ka - qkv < 0"] == ["**-0.0500 ± 0.0000** holds", "", "**-0.0500 ± 0.0000** holds"]
     assert found["QKV is worse than with rope", "qkv - rope qkv > 0"] == [
         "+0.7667 ± 1.0003 undecided", "", "+0.7667 ± 1.0003 undecided"]
-    assert found["learned", "qkv"] == ["3", "2.2000 ± 0.8957", "", "2", "1", "2", "3", "6"]
-    assert found["rope", "mla"] == ["3", "1.4433 ± 0.2008", "+0.0100 ± 0.0497", "2", "1", "2", "3", "6"]
-    assert found["agf", "qv"] == ["4", "26.4225 ± 76.9928", "**+0.0300 ± 0.0000**", "2", "1", "2", "3", "8"]
+    assert found["learned", "qkv"] == ["3", "2.2000 ± 0.8957", "", "", "2", "1", "2", "3", "6"]
+    assert found["rope", "mla"] == ["3", "1.4433 ± 0.2008", "+0.0100 ± 0.0497", "+0.0000 ± 0.0000", "2", "1", "2", "3", "6"]
+    assert found["agf", "qv"] == [
+        "4", "26.4225 ± 76.9928", "**+0.0300 ± 0.0000**", "**+0.1000 ± 0.0000**", "2", "1", "2", "3", "8"]
     assert "sinusoidal" not in text and "QV is worse than GQA" not in text, "no claim without runs"
     assert text.startswith(report.MEANING) and "\n## gpu preset, some\n" in text
     assert json.loads((tmp_path / "results.json").read_text()) == records
@@ -312,7 +313,7 @@ def test_a_variant_is_compared_with_qkv_by_the_flags_that_qkv_has():
 def test_the_picture_of_lengths_tells_attentions_and_variants_apart(tmp_path, monkeypatch):
     """A line has the colour and marker of its attention, a variant's is broken, and the legend is of all panels."""
     groups = (("rope", "qkv"), ("rope", "qv_ka"), ("agf", "qkv"), ("agf", "qv_ka", "d_ctx=8"),
-              ("agf", "qv_ka", "d_ctx=9"), ("agf", "mine"), ("agf", "qkv", "max_steps=9"))
+              ("agf", "qv_ka", "d_ctx=9"), ("agf", "mine"), ("agf", "qkv", "max_steps=9"), ("agf", "qv", "n_inner=8"))
     records = [made_up(attention, pos, seed, 1.0, 1.0, flags, {"16": 1.0 * seed, "32": 2.0 * seed})
                for seed in (1, 2) for pos, attention, *flags in groups]
     figures = []
@@ -321,13 +322,13 @@ def test_the_picture_of_lengths_tells_attentions_and_variants_apart(tmp_path, mo
     (gaps,), (frontier,), (part,) = (figure.subfigs for figure in figures)
     assert [text.get_text() for text in gaps.axes[0].get_yticklabels()] == ["qv_ka", "mine"], "no variants"
     points = {container.get_label(): container.lines[0].get_xdata() for container in frontier.axes[0].containers}
-    assert len(frontier.axes) == 1 and [*points] == ["qkv", "qv_ka", "mine"], "agf has more than rope"
+    assert len(frontier.axes) == 1 and [*points] == ["qkv", "qv_ka", "mine"], "agf has more than rope; n_inner is no memory"
     assert [x for xs in points.values() for x in xs] == pytest.approx([3, 3, 3, 3], rel=0.05), "not max_steps=9"
     legend = [text.get_text() for text in part.legends[0].get_texts()]
-    assert legend == ["qkv", "qv_ka", "qkv max_steps=9", "qv_ka d_ctx=8", "qv_ka d_ctx=9", "mine"]
+    assert legend == ["qkv", "qv_ka", "qkv max_steps=9", "qv n_inner=8", "qv_ka d_ctx=8", "qv_ka d_ctx=9", "mine"]
     lines = {container.get_label(): container.lines[0] for panel in part.axes for container in panel.containers}
     looks = {label: (line.get_color(), line.get_marker(), line.get_linestyle()) for label, line in lines.items()}
-    assert looks.pop("qkv max_steps=9") == ("k", "o", "--")
+    assert looks.pop("qkv max_steps=9") == ("k", "o", "--") and looks.pop("qv n_inner=8") == ("#D55E00", "v", "-")
     assert looks == {"qkv": ("k", "o", "-"), "qv_ka": ("#0072B2", "D", "-"), "qv_ka d_ctx=8": ("#0072B2", "D", "--"),
                      "qv_ka d_ctx=9": ("#0072B2", "D", ":"), "mine": ("0.4", "X", "-")}
     assert lines["qv_ka d_ctx=8"].get_markerfacecolor() == "white" != lines["qv_ka"].get_markerfacecolor()
@@ -365,8 +366,9 @@ def test_the_readme_shows_what_the_stored_runs_say(tmp_path, monkeypatch):
     assert not differ, "run python tests/compare.py --report --assets"
     results = Path("assets/results.md").read_text(encoding="utf-8")
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    quoted = re.findall(r"[+-]?\d\.\d{4} ± \d\.\d{4}", readme)
-    assert quoted and not [figure for figure in quoted if figure not in results]
+    told = readme.partition("## Results")[2].partition("## The fused kernel")[0].replace("nanoGPT: 1.4697", "")
+    quoted = re.findall(r"[+-]?\d\.\d{3,}(?: ± \d\.\d{4})?|\d+,\d{3}|\d+(?= verdicts)", told)
+    assert len(quoted) > 30 and not [figure for figure in quoted if figure not in results]
 
 
 # Misuse ---------------------------------------------------------------------------------------------------------------
