@@ -227,12 +227,12 @@ class Comparison:
             above.set(title=f"{pos} positions", xlabel="loss - qkv's", yticks=range(len(labels)), yticklabels=labels)
             above.locator_params(axis="x", nbins=3)
             below.axhline(0, color="k", lw=1)
-            below.set(xlabel="step")
+            below.set(xlabel="step (the first fifth)")
         above.invert_yaxis()
         axes[1, 0].set(ylabel="training loss - qkv's")
 
     def draw_frontier(self, figure):
-        """The loss against what a token leaves behind, an attention and its variants on a line."""
+        """The loss against what a token leaves behind, for every attention and its variants."""
         groups = {(pos, label): runs for (pos, label), runs in self.groups.items()
                   if {flag.partition("=")[0] for flag in label.split()[1:]} <= MEMORY} or self.groups
         counts = Counter(pos for pos, label in groups)                               # most groups: what is drawn
@@ -244,18 +244,18 @@ class Comparison:
                                 if (there, label.split()[0]) == (pos, attention))
                 if points:
                     (remembered, means, halves), (colour, marker) = np.transpose(points), STYLES[attention]
-                    remembered *= 1.015 ** (number - 2)
-                    panel.errorbar(remembered, means, halves, label=attention, capsize=3, color=colour, marker=marker)
+                    panel.errorbar(remembered * 1.01 ** (number - 2), means, halves, label=attention, capsize=3,
+                                   color=colour, marker=marker, linestyle="none")
             panel.set(title=f"{pos} positions", xlabel="numbers remembered per token and layer (set apart a little)")
         figure.axes[0].set(ylabel="loss")
 
     def draw_lengths(self, figure):
         """The losses in windows of several lengths; the points of a label stand a little apart from those of others."""
-        positions = unique(pos for pos, label in self.groups if self.longer(pos, label))
+        positions, labels = map(unique, zip(*(group for group in self.groups if self.longer(*group))))
         for pos, panel in zip(positions, figure.subplots(1, len(positions), squeeze=False)[0]):
-            for number, label in enumerate(self.labels):
+            for number, label in enumerate(labels):
                 if (pos, label) in self.groups and (losses := self.longer(pos, label)):
-                    windows = np.array([*losses]) * 1.015 ** (number - len(self.labels) / 2)
+                    windows = np.array([*losses]) * 1.03 ** (number - (len(labels) - 1) / 2)
                     means, halves = zip(*map(interval, losses.values()))
                     panel.errorbar(windows, means, halves, label=label, capsize=3, **self.style(label))
             panel.set_xscale("log", base=2)
