@@ -264,7 +264,8 @@ def test_a_report_of_known_numbers(tmp_path):
     assert found["QKV is worse than with rope", "qkv - rope qkv > 0"] == [
         "+0.7667 ± 1.0003 undecided", "", "+0.7667 ± 1.0003 undecided"]
     assert found["learned", "qkv"] == ["3", "2.2000 ± 0.8957", "", "", "2", "1", "2", "3", "6"]
-    assert found["rope", "mla"] == ["3", "1.4433 ± 0.2008", "+0.0100 ± 0.0497", "+0.0000 ± 0.0000", "2", "1", "2", "3", "6"]
+    assert found["rope", "mla"] == [
+        "3", "1.4433 ± 0.2008", "+0.0100 ± 0.0497", "+0.0000 ± 0.0000", "2", "1", "2", "3", "6"]
     assert found["agf", "qv"] == [
         "4", "26.4225 ± 76.9928", "**+0.0300 ± 0.0000**", "**+0.1000 ± 0.0000**", "2", "1", "2", "3", "8"]
     assert "sinusoidal" not in text and "QV is worse than GQA" not in text, "no claim without runs"
@@ -322,7 +323,7 @@ def test_the_picture_of_lengths_tells_attentions_and_variants_apart(tmp_path, mo
     (gaps,), (frontier,), (part,) = (figure.subfigs for figure in figures)
     assert [text.get_text() for text in gaps.axes[0].get_yticklabels()] == ["qv_ka", "mine"], "no variants"
     points = {container.get_label(): container.lines[0].get_xdata() for container in frontier.axes[0].containers}
-    assert len(frontier.axes) == 1 and [*points] == ["qkv", "qv_ka", "mine"], "agf has more than rope; n_inner is no memory"
+    assert len(frontier.axes) == 1 and [*points] == ["qkv", "qv_ka", "mine"], "agf has more; n_inner is no memory"
     assert [x for xs in points.values() for x in xs] == pytest.approx([3, 3, 3, 3], rel=0.05), "not max_steps=9"
     legend = [text.get_text() for text in part.legends[0].get_texts()]
     assert legend == ["qkv", "qv_ka", "qkv max_steps=9", "qv n_inner=8", "qv_ka d_ctx=8", "qv_ka d_ctx=9", "mine"]
