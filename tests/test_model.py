@@ -447,7 +447,7 @@ def readmes_python():
 
 
 def test_a_flag_of_ones_own(monkeypatch):
-    code = readmes_python().replace("torch.empty(H, D, D)", "torch.empty(1 if config.shared_route else H, D, D)")
+    code = readmes_python().replace("torch.empty(self", "torch.empty(1 if config.shared_route else self")
     field = '    shared_route: bool = option(False, "one route for all", only=dict(attention=("keyless",)))\n'
     source, end = Path(model_py.__file__).read_text() + "\n\n" + code, "\n    def __post_init__"
     assert source.count(end) == 1
