@@ -239,9 +239,9 @@ class Comparison:
         positions = [pos for pos in counts if counts[pos] == max(counts.values())]
         for pos, panel in zip(positions, figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]):
             for number, attention in enumerate(unique(label.split()[0] for _, label in groups)):
-                points = sorted((next(iter(runs.values()))["remembered"], *interval(self.values(label, pos)))
-                                for (there, label), runs in groups.items()
-                                if (there, label.split()[0]) == (pos, attention))
+                points = [(next(iter(runs.values()))["remembered"], *interval(self.values(label, pos)))
+                          for (there, label), runs in groups.items()
+                          if (there, label.split()[0]) == (pos, attention)]
                 if points:
                     (remembered, means, halves), (colour, marker) = np.transpose(points), STYLES[attention]
                     panel.errorbar(remembered * 1.01 ** (number - 2), means, halves, label=attention, capsize=3,
