@@ -39,11 +39,11 @@ CLAIMS = [
     ("QV with 2 values is worse than MQA, which remembers as much", "qv n_kv_head=2 - gqa n_kv_head=1", ">"),
     ("QV-Ka with 1 value is better than MQA, which remembers as much",
      "qv_ka d_ctx=32 n_kv_head=1 - gqa n_kv_head=1", "<"),
-    ("QV-Ka with one W_K for all heads is worse than with one each", "qv_ka shared_wk=True - qv_ka", ">"),
+    ("QV-Ka with one W_K for all heads is worse than with one each", "qv_ka shared_wk - qv_ka", ">"),
     ("QV-Ka with a context half as wide, of a head's width, is worse", "qv_ka d_ctx=32 - qv_ka", ">"),
     ("QKV is worse than with rope", "qkv - rope qkv", ">"),
 ]
-TERM = re.compile(rf"(?:^|([+-]) )([\d.]+ )?(?:({'|'.join(POSITIONS)}) )?(\w+(?: \w+=\S+)*)")
+TERM = re.compile(rf"(?:^|([+-]) )([\d.]+ )?(?:({'|'.join(POSITIONS)}) )?(\w+(?: \w+(?:=\S+)?)*)")
 
 MEANING = """\
 Made by `python tests/compare.py --report` from the results.json beside it.
@@ -147,7 +147,8 @@ class Comparison:
         self.title = ", ".join([f"{runs[0]['preset']} preset", runs[0]["dataset"], *sorted(common)])
         self.groups = {}
         for run in sorted(runs, key=place):
-            label = " ".join([run["attention"], *(flag for flag in run["flags"] if flag not in common)])
+            own = [flag for flag in run["flags"] if flag not in common]
+            label = " ".join([run["attention"], *own]).replace("=True", "")          # --shared_wk, as it is given
             by_length = {int(length): loss for length, loss in run["val_loss_by_length"].items()}
             self.groups.setdefault((run["pos"], label), {})[run["seed"]] = {**run, **by_length}
         self.positions, self.labels = (unique(names) for names in zip(*self.groups))
@@ -239,9 +240,8 @@ class Comparison:
         positions = [pos for pos in counts if counts[pos] == max(counts.values())]
         for pos, panel in zip(positions, figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]):
             for number, attention in enumerate(unique(label.split()[0] for _, label in groups)):
-                points = [(next(iter(runs.values()))["remembered"], *interval(self.values(label, pos)))
-                          for (there, label), runs in groups.items()
-                          if (there, label.split()[0]) == (pos, attention)]
+                points = [(self.values(label, pos, "remembered")[0], *interval(self.values(label, pos)))
+                          for there, label in groups if (there, label.split()[0]) == (pos, attention)]
                 if points:
                     (remembered, means, halves), (colour, marker) = np.transpose(points), STYLES[attention]
                     panel.errorbar(remembered * 1.01 ** (number - 2), means, halves, label=attention, capsize=3,

@@ -303,11 +303,13 @@ def test_verdicts_are_corrected_for_their_number(tmp_path):
 
 def test_a_variant_is_compared_with_qkv_by_the_flags_that_qkv_has():
     runs = [made_up(attention, "agf", 1, loss, 1.0, flags) for loss, attention, *flags in (
-        (1.0, "qkv"), (0.5, "qkv", "max_steps=9"), (1.7, "qv", "n_inner=32"), (0.6, "qv_ka", "d_ctx=8", "max_steps=9"))]
+        (1.0, "qkv"), (0.5, "qkv", "max_steps=9"), (1.7, "qv", "n_inner=32"), (0.6, "qv_ka", "d_ctx=8", "max_steps=9"),
+        (1.2, "qv_ka", "shared_wk=True"))]
     comparison = report.Comparison(runs)
     gaps = {label: comparison.gap("agf", label) for _, label in comparison.groups}
     assert gaps.pop("qv n_inner=32") == pytest.approx([0.7])
     assert gaps.pop("qv_ka d_ctx=8 max_steps=9") == pytest.approx([0.1])
+    assert gaps.pop("qv_ka shared_wk") == pytest.approx([0.2]), "as the flag is given: --shared_wk"
     assert gaps == {"qkv": [], "qkv max_steps=9": []}
 
 
