@@ -115,8 +115,8 @@ def write(path, write_to):
 
 
 def newest_run():
-    """The folder in out/ whose checkpoint is the youngest. Raises UserError where there is none."""
-    runs = sorted(OUT.rglob("last.pt"), key=lambda path: path.stat().st_mtime)
+    """The folder in out/ (but not below: those are compare.py's) with the youngest checkpoint. Raises UserError."""
+    runs = sorted(OUT.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise UserError(f"there is no run in {OUT}/; train one first: python train.py")
     return runs[-1].parent

@@ -355,7 +355,7 @@ class Run:
         epochs, dtype = tokens * train.max_steps / len(self.splits["train"]), str(self.context.fast_dtype)[6:]
         print(f"model: {config.attention} attention, {config.pos} positions, {config.n_layer} layers, {config.n_head} "
               f"heads, {config.n_embd} wide: {size:,} parameters, trained for {len(self.losses):,} steps\n"
-              f"plan:  {train.max_steps:,} steps of {tokens:,} tokens, {epochs:.2g} x {train.dataset}, on "
+              f"plan:  {train.max_steps:,} steps of {tokens:,} tokens, {epochs:.2g} epochs of {train.dataset}, on "
               f"{WORLD} x {self.device}, {train.threads} threads, {dtype}, attention by {self.kernel}", flush=True)
         self.save(*["last.pt"] * (not self.losses))                            # if that fails, now and not in an hour
         progress = Progress(train.max_steps, len(self.losses))

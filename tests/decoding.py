@@ -11,6 +11,7 @@ medians over tokens at the end of the context, memory is that of the cache's buf
 import sys
 import time
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from statistics import median
 
@@ -56,7 +57,7 @@ def seconds_per_token(models, prompt, count, use_cache):
     return {name: median(rest) for name, (_, *rest) in times.items()}
 
 
-def benchmark(shape, positions, device, context, tokens, uncached=3):
+def benchmark(shape, positions, device, context, tokens, uncached=9):
     """Prints a table: for each kind of positions, and a GPTConfig's shape with each attention, bytes and speeds."""
     print(f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, {shape.block_size:,} tokens of context; "
           f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n\n"
@@ -84,7 +85,7 @@ def remembered(shape, variant):
     memory = [m[0, 0] for m in attention.write(torch.zeros(1, 1, shape.n_embd), 0)]
     if variant["attention"] == "mla":
         return [(letter, m.size(-1)) for letter, m in zip("cr", memory[0].split(attention.widths, dim=-1))]
-    letters = {"qkv": "kv", "gqa": "kv", "qv": "v", "qv_ka": "vg"}[variant["attention"]]
+    letters = {"qkv": "kv", "gqa": "kv", "qv": "v", "qv_ka": "vg"}.get(variant["attention"], repeat("?"))
     return [(letter, m.size(-1)) for letter, m in zip(letters, memory) for _ in range(m.numel() // m.size(-1))]
 
 
@@ -94,12 +95,14 @@ def draw(shape, path):
     from matplotlib.patches import Patch
 
     kinds = {"k": ("key", "#555555", ""), "v": ("value", "#E69F00", ""), "c": ("latent", "#56B4E9", "//"),
-             "r": ("rotary key", "#009E73", "xx"), "g": ("context", "#CC79A7", "..")}          # Okabe and Ito's colours
+             "r": ("rotary key (rope only)", "#009E73", ""), "g": ("context", "#CC79A7", ".."),
+             "?": ("of an attention of one's own", "#D55E00", "")}                   # Okabe and Ito's colours
     figure = Figure(figsize=(8, 3.4), layout="constrained")
-    axes = figure.subplots()
+    axes, seen = figure.subplots(), set()
     for row, (name, variant) in enumerate(VARIANTS.items()):
         left = 0
         for letter, width in remembered(shape, variant):
+            seen.add(letter)
             _, colour, hatch = kinds[letter]
             axes.barh(row, width, 0.7, left, color=colour, hatch=hatch, edgecolor="white", linewidth=1)
             axes.text(left + width / 2, row, letter, ha="center", va="center", fontsize=8,
@@ -111,7 +114,8 @@ def draw(shape, path):
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(handles=[Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=f"{letter}: {word}")
-                         for letter, (word, colour, hatch) in kinds.items()], loc="lower right", fontsize=9)
+                         for letter, (word, colour, hatch) in kinds.items() if letter in seen],
+                loc="lower right", fontsize=9)
     write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
     print(f"drew {path}")
 

@@ -247,7 +247,7 @@ class Comparison:
                     panel.errorbar(remembered * 1.01 ** (number - 2), means, halves, label=attention, capsize=3,
                                    color=colour, marker=marker, linestyle="none")
             panel.set(title=f"{pos} positions", xlabel="numbers remembered per token and layer (set apart a little)")
-        figure.axes[0].set(ylabel="loss")
+        figure.axes[0].set(ylabel="best validation loss (intervals of 95 %)")
 
     def draw_lengths(self, figure):
         """The losses in windows of several lengths; the points of a label stand a little apart from those of others."""

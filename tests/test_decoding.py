@@ -2,13 +2,14 @@
 
 import itertools
 import types
+from unittest import mock
 
 import pytest
 import torch
 from conftest import call
 
 import decoding
-from model import GPTConfig, autocast
+from model import ATTENTIONS, QV, GPTConfig, autocast
 
 SHAPE = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64)
 
@@ -20,7 +21,7 @@ def test_a_table_of_measured_bytes_and_ratios(capsys, monkeypatch):
     times = itertools.accumulate(itertools.chain.from_iterable((100.0, next(took)) for _ in itertools.count()))
     monkeypatch.setattr(decoding, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
     cpu = torch.device("cpu")
-    decoding.benchmark(SHAPE, ["learned", "rope"], cpu, autocast(cpu, "float32"), tokens=2)
+    decoding.benchmark(SHAPE, ["learned", "rope"], cpu, autocast(cpu, "float32"), tokens=2, uncached=3)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines][1:]
     names = [*decoding.VARIANTS]
@@ -41,6 +42,9 @@ def test_what_a_token_leaves_behind(name, parts):
 
 def test_the_picture_and_its_errors(tmp_path, capsys):
     path = tmp_path / "memory.png"
-    assert call("decoding", f"--draw={path}") is None and path.read_bytes().startswith(b"\x89PNG")
+    mine = {"mine": dict(attention="mine", n_kv_head=None)}                         # as the README has one made
+    with mock.patch.dict(ATTENTIONS, mine=QV), mock.patch.dict(decoding.VARIANTS, mine):
+        assert call("decoding", f"--draw={path}") is None and path.read_bytes().startswith(b"\x89PNG")
+        assert decoding.remembered(SHAPE, mine["mine"]) == [("?", 8)] * 2
     for flags, words in (["--pos=alibi"], "--pos=alibi is unknown"), (["--tokens=0"], "--tokens=0 must be at least 1"):
         assert call("decoding", *flags) == 2 and words in capsys.readouterr().err

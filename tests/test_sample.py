@@ -55,6 +55,8 @@ def test_a_reader_may_leave(folder):
 def test_sampling_takes_the_newest_run_and_its_best(folder, capsys):
     assert call("train", *TINY, "--attention=gqa", "--out=out/newer") is None
     Path("out/newer/last.pt").write_text("this is not read")
+    Path("out/compare/newest").mkdir(parents=True)
+    Path("out/compare/newest/last.pt").write_text("nor is this, a run of compare.py")
     assert call("sample", "--max_new_tokens=2") is None
     assert "gqa, agf, out/newer" in capsys.readouterr().err
 
