@@ -1,6 +1,6 @@
 """Writes text with a trained GPT.
 
-    python sample.py                                            from the newest run
+    python sample.py                                                from the newest run
     python sample.py --prompt="ROMEO:" --temperature=0.8
     cat letter.txt | python sample.py --prompt_file=-
     python sample.py --prompt="ROMEO:" --attention_map=out/map.png  what every head attends to, as a picture
@@ -118,8 +118,8 @@ def draw_attention(model, tokenizer, idx, path):
 def main(argv=None):
     args = parse(argv)
     device, out = choose_device(args.device), args.out or newest_run()
-    best, last = out / "best.pt", out / "last.pt"                # there is only the last before the first validation
-    model, checkpoint = GPT.load(last if last.exists() and not best.exists() else best, device)
+    path = out / "best.pt"
+    model, checkpoint = GPT.load(path if path.exists() else out / "last.pt", device)   # stopped before it was validated
     tokenizer, context = tokenizer_from(checkpoint["tokenizer"]), autocast(device, args.dtype)
     kernel = model.eval().use_kernel(args.kernel, context)
     prompt = read_prompt(args, tokenizer)
