@@ -18,9 +18,9 @@ from model import ATTENTIONS, POSITIONS, GPTConfig
 from prepare import UserError, write
 
 ONLY = {field.name: field.metadata["only"] for field in fields(GPTConfig)}       # {flag: {other: values that it needs}}
-# Flags by which an attention is unlike qkv, or, by n_inner, as large: qkv, its rival, is without them.
-QKV_LACKS = {*(name for name, only in ONLY.items() if only), "n_inner"}
-MEMORY = QKV_LACKS - {"n_inner", "shared_wk"}                                    # of these, what changes the memory
+# Flags by which an attention is unlike qkv, or, by n_inner, as large. All others make a comparison of its own.
+VARIANT = {*(name for name, only in ONLY.items() if only), "n_inner"}
+MEMORY = VARIANT - {"n_inner", "shared_wk"}                                      # of these, what changes the memory
 
 # A claim; a sum over runs of one seed, and of the positions at hand or those named; on which side of zero it must be;
 # and, if not the loss, which number of the records is summed. What the table of claims shows is what is computed.
@@ -138,16 +138,18 @@ def place(run):
     return names.index(run["pos"]), names.index(run["attention"]), run["attention"], run["flags"]
 
 
-class Comparison:
-    """The finished runs of one preset on one data set: groups[pos, label] = {seed: record}. A label is the attention
-    and those of its flags that not all runs share."""
+def setting(run):
+    """What all runs of a comparison share: the preset, the data, and those of its flags that make no variant."""
+    return run["preset"], run["dataset"], *(flag for flag in run["flags"] if flag.partition("=")[0] not in VARIANT)
 
-    def __init__(self, runs):
-        common = set.intersection(*(set(run["flags"]) for run in runs))
-        self.title = ", ".join([f"{runs[0]['preset']} preset", runs[0]["dataset"], *sorted(common)])
-        self.groups = {}
+
+class Comparison:
+    """The finished runs of one setting: groups[pos, label] = {seed: record}. A label is an attention or its variant."""
+
+    def __init__(self, setting, runs):
+        self.title, self.flags, self.groups = ", ".join([f"{setting[0]} preset", *setting[1:]]), setting[2:], {}
         for run in sorted(runs, key=place):
-            own = [flag for flag in run["flags"] if flag not in common]
+            own = [flag for flag in run["flags"] if flag not in self.flags]
             label = " ".join([run["attention"], *own]).replace("=True", "")          # --shared_wk, as it is given
             by_length = {int(length): loss for length, loss in run["val_loss_by_length"].items()}
             self.groups.setdefault((run["pos"], label), {})[run["seed"]] = {**run, **by_length}
@@ -162,10 +164,8 @@ class Comparison:
         return [sum(weight * np.array(group[seed][name]) for weight, group in terms) for seed in sorted(seeds)]
 
     def gap(self, pos, label, name="best_val_loss"):
-        """The differences to qkv with the same flags, but for those that make an attention unlike qkv."""
-        attention, *flags = label.split()
-        rival = " ".join(["qkv", *(flag for flag in flags if flag.partition("=")[0] not in QKV_LACKS)])
-        return [] if attention == "qkv" else self.values(f"{label} - {rival}", pos, name)
+        """The differences to qkv."""
+        return [] if label == "qkv" else self.values(f"{label} - qkv", pos, name)
 
     def longer(self, pos, label):
         """{tokens in a window: the losses}, where they were measured."""
@@ -286,15 +286,15 @@ def report(records, folder):
         raise UserError(f"there is no finished run for {folder}/results.md; train some first: python tests/compare.py")
     identity = itemgetter("preset", "dataset", "pos", "attention", "seed")
     runs = {(*identity(run), *run["flags"]): run for run in records}
-    kinds = sorted({key[:2] for key in runs})
-    comparisons = [Comparison([run for key, run in runs.items() if key[:2] == kind]) for kind in kinds]
+    settings = sorted({setting(run) for run in runs.values()})
+    comparisons = [Comparison(one, [run for run in runs.values() if setting(run) == one]) for one in settings]
     text = "\n".join([MEANING, *(comparison.markdown() for comparison in comparisons)])
     lines = "[\n" + ",\n".join(json.dumps(run) for run in runs.values()) + "\n]\n"
     write(folder / "results.json", lambda temporary: temporary.write_text(lines, encoding="utf-8"))
     write(folder / "results.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
     compared = [one for one in comparisons if any(len(one.gap(*group)) > 1 for group in one.groups)]  # intervals
+    compared = [one for one in compared if not one.flags] or compared                # presets as they are, if any
     draw(folder / "results.png", compared, Comparison.draw_gaps, 7)
     draw(folder / "frontier.png", compared, Comparison.draw_frontier, 4.5)
-    longer = [comparison for comparison in comparisons if comparison.lengths]
-    draw(folder / "lengths.png", longer, Comparison.draw_lengths, 4)
+    draw(folder / "lengths.png", [one for one in comparisons if one.lengths], Comparison.draw_lengths, 4)
     print(f"{text}\nruns: {len(runs)}; written to {folder}/: results.md, results.json and the figures")

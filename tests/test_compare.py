@@ -301,41 +301,48 @@ def test_verdicts_are_corrected_for_their_number(tmp_path):
     assert "± 0.0088** undecided" in (tmp_path / "results.md").read_text(encoding="utf-8"), "as one of two it is not"
 
 
-def test_a_variant_is_compared_with_qkv_by_the_flags_that_qkv_has():
-    runs = [made_up(attention, "agf", 1, loss, 1.0, flags) for loss, attention, *flags in (
+def test_runs_are_compared_with_qkv_of_their_own_setting(tmp_path):
+    """Flags of training, or of the model as a whole, make a comparison with claims of its own; others make variants."""
+    records = [made_up(attention, "agf", seed, loss, 1.0, flags) for loss, attention, *flags in (
         (1.0, "qkv"), (0.5, "qkv", "max_steps=9"), (1.7, "qv", "n_inner=32"), (0.6, "qv_ka", "d_ctx=8", "max_steps=9"),
-        (1.2, "qv_ka", "shared_wk=True"))]
-    comparison = report.Comparison(runs)
-    gaps = {label: comparison.gap("agf", label) for _, label in comparison.groups}
-    assert gaps.pop("qv n_inner=32") == pytest.approx([0.7])
-    assert gaps.pop("qv_ka d_ctx=8 max_steps=9") == pytest.approx([0.1])
-    assert gaps.pop("qv_ka shared_wk") == pytest.approx([0.2]), "as the flag is given: --shared_wk"
-    assert gaps == {"qkv": [], "qkv max_steps=9": []}
+        (0.8, "qv", "max_steps=9"), (1.2, "qv_ka", "shared_wk=True")) for seed in (1, 2)]
+    report.report(records, tmp_path)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    plain, nine = text.split("\n## gpu preset, some")[1:]
+    assert {row[1]: row[4] for row in rows(plain) if row[0] == "agf"} == {
+        "qkv": "", "qv n_inner=32": "**+0.7000 ± 0.0000**", "qv_ka shared_wk": "**+0.2000 ± 0.0000**"}
+    assert nine.startswith(", max_steps=9\n") and "C1: QV is worse than QKV" in nine and "C1" not in plain
+    assert {row[1]: row[4] for row in rows(nine) if row[0] == "agf"} == {
+        "qkv": "", "qv": "**+0.3000 ± 0.0000**", "qv_ka d_ctx=8": "**+0.1000 ± 0.0000**"}
 
 
-def test_the_picture_of_lengths_tells_attentions_and_variants_apart(tmp_path, monkeypatch):
-    """A line has the colour and marker of its attention, a variant's is broken, and the legend is of all panels."""
+def test_pictures_tell_attentions_and_variants_apart(tmp_path, monkeypatch):
+    """A line has the colour and marker of its attention, a variant's is broken, and the legend is of all panels. Runs
+    of other flags than a preset's are compared in a picture only where there are no others."""
     groups = (("rope", "qkv"), ("rope", "qv_ka"), ("agf", "qkv"), ("agf", "qv_ka", "d_ctx=8"),
-              ("agf", "qv_ka", "d_ctx=9"), ("agf", "mine"), ("agf", "qkv", "max_steps=9"), ("agf", "qv", "n_inner=8"))
+              ("agf", "qv_ka", "d_ctx=9"), ("agf", "mine"), ("agf", "qv", "n_inner=8"), ("agf", "qkv", "max_steps=9"),
+              ("agf", "qv", "max_steps=9"))
     records = [made_up(attention, pos, seed, 1.0, 1.0, flags, {"16": 1.0 * seed, "32": 2.0 * seed})
                for seed in (1, 2) for pos, attention, *flags in groups]
     figures = []
     monkeypatch.setattr(report.Figure, "savefig", lambda self, path, **options: (figures.append(self), path.touch()))
     report.report(records, tmp_path)
-    (gaps,), (frontier,), (part,) = (figure.subfigs for figure in figures)
+    (gaps,), (frontier,), (part, other) = (figure.subfigs for figure in figures)
     assert [text.get_text() for text in gaps.axes[0].get_yticklabels()] == ["qv_ka", "mine"], "no variants"
     points = {container.get_label(): container.lines[0].get_xdata() for container in frontier.axes[0].containers}
     assert len(frontier.axes) == 1 and [*points] == ["qkv", "qv_ka", "mine"], "agf has more; n_inner is no memory"
-    assert [x for xs in points.values() for x in xs] == pytest.approx([3, 3, 3, 3], rel=0.05), "not max_steps=9"
-    legend = [text.get_text() for text in part.legends[0].get_texts()]
-    assert legend == ["qkv", "qv_ka", "qkv max_steps=9", "qv n_inner=8", "qv_ka d_ctx=8", "qv_ka d_ctx=9", "mine"]
+    assert [x for xs in points.values() for x in xs] == pytest.approx([3, 3, 3, 3], rel=0.05)
+    legends = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in (part, other)]
+    assert legends == [["qkv", "qv_ka", "qv n_inner=8", "qv_ka d_ctx=8", "qv_ka d_ctx=9", "mine"], ["qkv", "qv"]]
     lines = {container.get_label(): container.lines[0] for panel in part.axes for container in panel.containers}
     looks = {label: (line.get_color(), line.get_marker(), line.get_linestyle()) for label, line in lines.items()}
-    assert looks.pop("qkv max_steps=9") == ("k", "o", "--") and looks.pop("qv n_inner=8") == ("#D55E00", "v", "-")
+    assert looks.pop("qv n_inner=8") == ("#D55E00", "v", "-")
     assert looks == {"qkv": ("k", "o", "-"), "qv_ka": ("#0072B2", "D", "-"), "qv_ka d_ctx=8": ("#0072B2", "D", "--"),
                      "qv_ka d_ctx=9": ("#0072B2", "D", ":"), "mine": ("0.4", "X", "-")}
     assert lines["qv_ka d_ctx=8"].get_markerfacecolor() == "white" != lines["qv_ka"].get_markerfacecolor()
     assert lines["qkv"].get_ydata() == pytest.approx([1.5, 3.0])
+    report.report([run for run in records if "max_steps=9" in run["flags"]], tmp_path)
+    assert [figure.subfigs[0].get_suptitle() for figure in figures[3:]] == ["gpu preset, some, max_steps=9"] * 3
 
 
 def test_assets_are_merged_and_only_on_request(folder, capsys):
