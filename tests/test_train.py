@@ -627,12 +627,18 @@ from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import prepare, train
 
+tasks, threads = Path("/proc/self/task"), [0]                      # of Linux; how many were gloo's, in every step
+
+def of_gloo():
+    return sum("gloo" in path.read_text() for path in tasks.glob("*/comm"))
+
 join, batch, write = train.dist.init_process_group, train.batch, train.write
 train.dist.init_process_group = lambda backend: join(
     backend, init_method=f"file://{{os.getcwd()}}/{{where}}.store", rank=train.RANK, world_size=train.WORLD)
 
 def failing_batch(data, config, block_size, step, device):
     x, y = batch(data, config, block_size, step, device)
+    threads.append(of_gloo())
     if step == 4 and train.RANK == 1 and where == "stop":
         os.kill(os.getpid(), signal.SIGTERM)
     if step == 4 and train.RANK == 1 and where == "nan":
@@ -655,9 +661,8 @@ for where in "stop", "nan", "save", "data":
     except SystemExit as stop:
         checkpoints = Path("out", where).glob("last.pt")
         saved = [len(train.torch.load(path, weights_only=True)["losses"]) for path in checkpoints]
-        tasks = Path("/proc/self/task")                             # of Linux
-        threads = "" if where != "stop" else len([*tasks.iterdir()]) if tasks.exists() else 1
-        print(where, threads, stop.code, *saved, sep="|", file=sys.__stdout__, flush=True)
+        gone = where != "stop" or threads[-1] > of_gloo() == 0 or not tasks.exists()
+        print(where, gone, stop.code, *saved, sep="|", file=sys.__stdout__, flush=True)
 """
 BESIDE["failing"] = f"""
 import os, subprocess, sys, tempfile
@@ -684,13 +689,13 @@ def test_when_one_process_fails_both_leave(answer, processes):
     """One of two is asked to stop, has a loss that is no number, cannot save, or finds no data: nobody waits for ever,
     rank 0 says why in one sentence, and what was saved before is there."""
     first, second = answer("failing").split("second: ")
-    expected = ["stop|1|stopped after step 5; it is saved: go", "nan||train.py: the loss is nan at step 5",
-                "save||train.py: the disk is full", "data||train.py: data set 'nowhere' is missing"]
+    expected = ["stop|True|stopped after step 5; it is saved: go", "nan|True|train.py: the loss is nan at step 5",
+                "save|True|train.py: the disk is full", "data|True|train.py: data set 'nowhere' is missing"]
     sentences = [line for line in first.splitlines() if line.startswith(("stop|", "nan|", "save|", "data|"))]
     assert [line[: len(words)] for line, words in zip(sentences, expected, strict=True)] == expected
     assert [line.rpartition("|")[2] for line in sentences[:2]] == ["5", "3"], "steps that are saved"
     assert not sentences[2][-1].isdigit(), "and of the full disk none"
-    assert second.split() == ["stop|1|1|5", "nan||1|3", "save||1"], "one thread: gloo's are gone"
+    assert second.split() == ["stop|True|1|5", "nan|True|1|3", "save|True|1"], "gloo's threads are gone"
     assert "Error" not in processes["failing"].result().stderr
 
 
