@@ -37,7 +37,7 @@ RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if dist.i
 
 PRESETS = {
     "cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_steps=600, optimizer="muon",
-                learning_rate=1e-2, warmup_steps=20, weight_decay=0.2, beta2=0.95, eval_interval=300),
+                learning_rate=1e-2, warmup_steps=20, weight_decay=0.2, beta2=0.95, eval_interval=600),
     "gpu": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, max_steps=5000, learning_rate=1e-3,
                 dropout=0.2, eval_interval=250),
     "gpt2": dict(dataset="openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=480,
