@@ -35,8 +35,7 @@ from report import ONLY, report  # noqa: E402
 TRAIN, ASSETS = ROOT / "train.py", Path("assets")
 UNNAMED = {"preset", "device", "kernel", "compile", "micro_batch_size"}          # flags that make no variant
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which runs
+# --- Which runs ------------------------------------------------------------------------------------------------------
 
 
 def parse(argv):
@@ -97,8 +96,7 @@ def plan(args, flags):
     return runs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training and evaluating them. A run is finished if, and only if, it has a record.
+# --- Training and evaluating them. A run is finished if, and only if, it has a record --------------------------------
 
 
 def train_missing(runs, workers, threads):
@@ -202,8 +200,7 @@ def write_json(path, value):
     write(path, lambda temporary: temporary.write_text(json.dumps(value), "utf-8"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
+# --- The program -----------------------------------------------------------------------------------------------------
 
 
 def stored(path):

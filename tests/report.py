@@ -58,8 +58,7 @@ Made by `python tests/compare.py --report` from the results.json beside it.
 - **Remembered** are numbers for one token in one layer. **Tokens/s** are the most of any seed, on a machine in use.
 """
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
+# --- Statistics ------------------------------------------------------------------------------------------------------
 
 
 def student(n):
@@ -110,13 +109,11 @@ def difference(values):
 
 
 def verdict(values, side, corrected):
-    if corrected > 0.05:
-        return "undecided"
-    return "holds" if (np.mean(values) > 0) == (side == ">") else "does not hold"
+    agrees = (np.mean(values) > 0) == (side == ">")
+    return "undecided" if corrected > 0.05 else "holds" if agrees else "does not hold"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables and figures
+# --- Tables and figures ----------------------------------------------------------------------------------------------
 
 STYLES = defaultdict(lambda: ("0.4", "X"), qkv=("k", "o"), gqa=("#E69F00", "s"), mla=("#009E73", "^"),
                      qv=("#D55E00", "v"), qv_ka=("#0072B2", "D"))                # Okabe and Ito's colours, for all eyes
@@ -233,19 +230,21 @@ class Comparison:
         axes[1, 0].set(ylabel="training loss - qkv's")
 
     def draw_frontier(self, figure):
-        """The loss against what a token leaves behind, for every attention and its variants."""
+        """The loss against what a token leaves behind, for every attention and its variants, which are named."""
         groups = {(pos, label): runs for (pos, label), runs in self.groups.items()
                   if {flag.partition("=")[0] for flag in label.split()[1:]} <= MEMORY} or self.groups
         counts = Counter(pos for pos, label in groups)                               # most groups: what is drawn
         positions = [pos for pos in counts if counts[pos] == max(counts.values())]
+        attentions = unique(label.split()[0] for _, label in groups)
         for pos, panel in zip(positions, figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]):
-            for number, attention in enumerate(unique(label.split()[0] for _, label in groups)):
-                points = [(self.values(label, pos, "remembered")[0], *interval(self.values(label, pos)))
-                          for there, label in groups if (there, label.split()[0]) == (pos, attention)]
-                if points:
-                    (remembered, means, halves), (colour, marker) = np.transpose(points), STYLES[attention]
-                    panel.errorbar(remembered * 1.01 ** (number - 2), means, halves, label=attention, capsize=3,
-                                   color=colour, marker=marker, linestyle="none")
+            for label in (label for there, label in groups if there == pos):
+                (attention, *variant), (mean, half) = label.split(), interval(self.values(label, pos))
+                x = self.values(label, pos, "remembered")[0] * 1.02 ** (attentions.index(attention) - 2)
+                colour, marker = STYLES[attention]
+                panel.errorbar(x, mean, half, label=attention, capsize=3, color=colour, marker=marker, linestyle="none")
+                panel.annotate("\n".join(variant), (x, mean), (5, 3), textcoords="offset points", fontsize=6)
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:.0f}")
             panel.set(title=f"{pos} positions", xlabel="numbers remembered per token and layer (set apart a little)")
         figure.axes[0].set(ylabel="best validation loss (intervals of 95 %)")
 
@@ -295,6 +294,6 @@ def report(records, folder):
     compared = [one for one in comparisons if any(len(one.gap(*group)) > 1 for group in one.groups)]  # intervals
     compared = [one for one in compared if not one.flags] or compared                # presets as they are, if any
     draw(folder / "results.png", compared, Comparison.draw_gaps, 7)
-    draw(folder / "frontier.png", compared, Comparison.draw_frontier, 4.5)
+    draw(folder / "frontier.png", compared, Comparison.draw_frontier, 5.5)
     draw(folder / "lengths.png", [one for one in comparisons if one.lengths], Comparison.draw_lengths, 4)
     print(f"{text}\nruns: {len(runs)}; written to {folder}/: results.md, results.json and the figures")
