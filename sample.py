@@ -22,7 +22,8 @@ from prepare import UserError, new_parser, newest_run, read_text, run, tokenizer
 
 def parse(argv=None):
     parser = new_parser(__doc__)
-    parser.add_argument("--out", type=Path, help="the run's folder (default: the newest in out/); its best.pt is read")
+    parser.add_argument("--out", type=Path, help="the run's folder (default: the newest in out/): its best.pt, or else "
+                        "last.pt, is read")
     parser.add_argument("--prompt", help="what to go on from (default: a line break)")
     parser.add_argument("--prompt_file", help="the same, from a UTF-8 file; - is standard input")
     parser.add_argument("--num_samples", type=whole, default=1, help="how many texts (default: 1)")

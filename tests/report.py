@@ -222,7 +222,8 @@ class Comparison:
                     below.plot(steps, mean, label=label, markevery=4, **style)
                     below.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.12, lw=0)
             above.axvline(0, color="k", lw=1)
-            above.set(title=f"{pos} positions", xlabel="loss - qkv's", yticks=range(len(labels)), yticklabels=labels)
+            above.set(title=f"{pos} positions", xlabel="loss - qkv's", ymargin=0.15)
+            above.set_yticks(range(len(labels)), labels)
             above.locator_params(axis="x", nbins=3)
             below.axhline(0, color="k", lw=1)
             below.set(xlabel="step (the first fifth)")
@@ -245,7 +246,7 @@ class Comparison:
                 panel.annotate("\n".join(variant), (x, mean), (5, 3), textcoords="offset points", fontsize=6)
             panel.set_xscale("log", base=2)
             panel.xaxis.set_major_formatter("{x:.0f}")
-            panel.set(title=f"{pos} positions", xlabel="numbers remembered per token and layer (set apart a little)")
+            panel.set(title=f"{pos} positions", xlabel="remembered per token and layer (moved apart)", xmargin=0.1)
         figure.axes[0].set(ylabel="best validation loss (intervals of 95 %)")
 
     def draw_lengths(self, figure):
