@@ -323,8 +323,8 @@ class Run:
         part = evaluate(self.model, self.splits["val"], micro, self.context, train.eval_tokens)
         loss_sum, count = add_up(torch.tensor(part, dtype=torch.float64)).tolist()
         self.check_finite(loss_sum)
-        step, new = len(self.losses), self.losses[self.log[-1]["step"] if self.log else 0 :]
-        entry = dict(step=step, train_loss=sum(new) / len(new), val_loss=loss_sum / count, seconds=self.seconds)
+        step, recent = len(self.losses), self.losses[-100:]
+        entry = dict(step=step, train_loss=sum(recent) / len(recent), val_loss=loss_sum / count, seconds=self.seconds)
         best = all(entry["val_loss"] < other["val_loss"] for other in self.log)
         self.log.append(entry)
         self.save(*["best.pt"] * best, "last.pt")
