@@ -220,7 +220,7 @@ def claim(folder, new):
     killed there was writing. Raises UserError where another has it, or where there is a run in a new one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = sqlite3.connect(folder / "lock", timeout=0.5)   # the system's own; without a wait two at once both fail
+        lock = sqlite3.connect(folder / "lock", timeout=0.5)    # the system's own; with no wait, two at once both fail
         lock.execute("BEGIN EXCLUSIVE")
     except (OSError, sqlite3.Error) as error:
         raise UserError(f"{folder} is in use or cannot be written ({reason(error)}); wait, or change --out") from None

@@ -7,9 +7,9 @@ Runs of one seed saw the same batches. So attentions are compared seed by seed: 
 import json
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import fields
-from operator import itemgetter
+from statistics import multimode
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -143,8 +143,9 @@ def setting(run):
 class Comparison:
     """The finished runs of one setting: groups[pos, label] = {seed: record}. A label is an attention or its variant."""
 
-    def __init__(self, setting, runs):
-        self.title, self.flags, self.groups = ", ".join([f"{setting[0]} preset", *setting[1:]]), setting[2:], {}
+    def __init__(self, runs):
+        preset, dataset, *self.flags = setting(runs[0])
+        self.title, self.groups = ", ".join([f"{preset} preset", dataset, *self.flags]), {}
         for run in sorted(runs, key=place):
             own = [flag for flag in run["flags"] if flag not in self.flags]
             label = " ".join([run["attention"], *own]).replace("=True", "")          # --shared_wk, as it is given
@@ -222,9 +223,9 @@ class Comparison:
                     below.plot(steps, mean, label=label, markevery=4, **style)
                     below.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.12, lw=0)
             above.axvline(0, color="k", lw=1)
-            above.set(title=f"{pos} positions", xlabel="loss - qkv's", ymargin=0.15)
-            above.set_yticks(range(len(labels)), labels)
+            above.set(title=f"{pos} positions", xlabel="loss - qkv's", yticks=range(len(labels)), yticklabels=labels)
             above.locator_params(axis="x", nbins=3)
+            above.set_ymargin(0.15)
             below.axhline(0, color="k", lw=1)
             below.set(xlabel="step (the first fifth)")
         above.invert_yaxis()
@@ -232,10 +233,9 @@ class Comparison:
 
     def draw_frontier(self, figure):
         """The loss against what a token leaves behind, for every attention and its variants, which are named."""
-        groups = {(pos, label): runs for (pos, label), runs in self.groups.items()
-                  if {flag.partition("=")[0] for flag in label.split()[1:]} <= MEMORY} or self.groups
-        counts = Counter(pos for pos, label in groups)                               # most groups: what is drawn
-        positions = [pos for pos in counts if counts[pos] == max(counts.values())]
+        groups = [(pos, label) for pos, label in self.groups
+                  if {flag.partition("=")[0] for flag in label.split()[1:]} <= MEMORY] or self.groups
+        positions = multimode(pos for pos, label in groups)                          # those with most groups
         attentions = unique(label.split()[0] for _, label in groups)
         for pos, panel in zip(positions, figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]):
             for label in (label for there, label in groups if there == pos):
@@ -284,10 +284,10 @@ def report(records, folder):
     """Writes all that to `folder`; of several records of one run the last counts. Raises UserError if there is none."""
     if not records:
         raise UserError(f"there is no finished run for {folder}/results.md; train some first: python tests/compare.py")
-    identity = itemgetter("preset", "dataset", "pos", "attention", "seed")
-    runs = {(*identity(run), *run["flags"]): run for run in records}
+    identity = "preset", "dataset", "pos", "attention", "seed", "flags"
+    runs = {str([run[name] for name in identity]): run for run in records}
     settings = sorted({setting(run) for run in runs.values()})
-    comparisons = [Comparison(one, [run for run in runs.values() if setting(run) == one]) for one in settings]
+    comparisons = [Comparison([run for run in runs.values() if setting(run) == one]) for one in settings]
     text = "\n".join([MEANING, *(comparison.markdown() for comparison in comparisons)])
     lines = "[\n" + ",\n".join(json.dumps(run) for run in runs.values()) + "\n]\n"
     write(folder / "results.json", lambda temporary: temporary.write_text(lines, encoding="utf-8"))

@@ -352,7 +352,7 @@ def test_a_signal_to_a_process_of_its_own(folder):
 
 BESIDE["claims"] = """
 import sys, tempfile
-from multiprocessing import Barrier, Process, SimpleQueue
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.append(".")
@@ -367,10 +367,11 @@ def claim(folder):
         won.put(0)
     barrier.wait()
 
-barrier, won, winners = Barrier(2), SimpleQueue(), []
+fork = get_context("fork")
+barrier, won, winners = fork.Barrier(2), fork.SimpleQueue(), []
 for _ in range(8):
     with tempfile.TemporaryDirectory() as folder:
-        processes = [Process(target=claim, args=(Path(folder),)) for _ in range(2)]
+        processes = [fork.Process(target=claim, args=(Path(folder),)) for _ in range(2)]
         for process in processes:
             process.start()
         winners.append(won.get() + won.get())
@@ -383,7 +384,7 @@ print(winners)
 def test_of_two_that_start_in_one_folder_one_trains(folder, answer):
     """The other, and one that would go on with it, are told that it is in use; the first ends as if alone. Also where
     both ask in the same instant."""
-    if sys.platform == "linux":                                                     # where processes fork
+    if sys.platform == "linux":                                                     # elsewhere torch may not fork
         assert json.loads(answer("claims")) == [1] * 8
     processes = [start(*LONG[:-2], "--eval_interval=50", LONG[-1]) for _ in range(2)]
     try:
