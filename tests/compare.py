@@ -27,47 +27,99 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import train  # noqa: E402
-from model import ATTENTIONS, GPT, POSITIONS, autocast, choose_device  # noqa: E402
-from prepare import OUT, UserError, clock, find, new_parser, reason, run, whole, write  # noqa: E402
 from report import ONLY, report  # noqa: E402
 
+import train  # noqa: E402
+from model import ATTENTIONS, GPT, POSITIONS  # noqa: E402
+from prepare import (  # noqa: E402
+    OUT,
+    UserError,
+    describe_error,
+    format_time,
+    load_or_prepare,
+    new_parser,
+    parse_int,
+    run_program,
+    write_atomically,
+)
+from train import autocast, choose_device  # noqa: E402
+
 TRAIN, ASSETS = ROOT / "train.py", Path("assets")
-UNNAMED = {"preset", "device", "kernel", "compile", "micro_batch_size"}          # flags that make no variant
+UNNAMED = {
+    "preset",
+    "device",
+    "kernel",
+    "compile",
+    "micro_batch_size",
+}  # flags that make no variant
 
 # --- Which runs ------------------------------------------------------------------------------------------------------
 
 
 def parse(argv):
     """The flags of this program, and those for train.py, {name: the flag as it was given}."""
+
     def some(names):
         return lambda text: list(names) if text == "all" else list(dict.fromkeys(text.split(",")))
 
     def numbers(text):
-        return [whole(part) for part in text.split(",")]
+        return [parse_int(part) for part in text.split(",")]
 
-    parser = new_parser(__doc__, epilog="Any other flag goes to train.py, as --name=value; see train.py --help.\n"
-                    "One that counts for some attentions only, such as --d_ctx, is given to those only.")
+    parser = new_parser(
+        __doc__,
+        epilog="Any other flag goes to train.py, as --name=value; see train.py --help.\n"
+        "One that counts for some attentions only, such as --d_ctx, is given to those only.",
+    )
     for name, kind, default, help in (
-            ("attention", some(ATTENTIONS), "qkv,qv,qv_ka", f"some of {','.join(ATTENTIONS)}; or all"),
-            ("pos", some(POSITIONS), "sinusoidal,agf", f"some of {','.join(POSITIONS)}; or all"),
-            ("seeds", whole, 5, "runs of each kind; the more, the smaller a difference that can be told from chance"),
-            ("seed", whole, 1337, "the first seed, which the others follow"),
-            ("dataset", str, None, "as for train.py (default: the preset's, else tiny Shakespeare)"),
-            ("workers", whole, None, "runs at a time (default: one for each core of a CPU, or 4 on a GPU)"),
-            ("lengths", numbers, [], "evaluate each run in windows of so many times its context, too; but learned "
-             "positions end with the context"),
-            ("out", Path, OUT / "compare", "the folder of the runs and of their report")):
+        ("attention", some(ATTENTIONS), "qkv,qv,qv_ka", f"some of {','.join(ATTENTIONS)}; or all"),
+        ("pos", some(POSITIONS), "sinusoidal,agf", f"some of {','.join(POSITIONS)}; or all"),
+        (
+            "seeds",
+            parse_int,
+            5,
+            "runs of each kind; the more, the smaller a difference that can be told from chance",
+        ),
+        ("seed", parse_int, 1337, "the first seed, which the others follow"),
+        ("dataset", str, None, "as for train.py (default: the preset's, else tiny Shakespeare)"),
+        (
+            "workers",
+            parse_int,
+            None,
+            "runs at a time (default: one for each core of a CPU, or 4 on a GPU)",
+        ),
+        (
+            "lengths",
+            numbers,
+            [],
+            "evaluate each run in windows of so many times its context, too; but learned "
+            "positions end with the context",
+        ),
+        ("out", Path, OUT / "compare", "the folder of the runs and of their report"),
+    ):
         help = f"{help} (default: {default})" if default else help
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar=name.upper(), help=help)
-    parser.add_argument("--report", action="store_true", help="train nothing: report all finished runs of --out")
-    parser.add_argument("--assets", action="store_true", help="write into assets/, together with the runs stored there")
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, metavar=name.upper(), help=help
+        )
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing: report all finished runs of --out"
+    )
+    parser.add_argument(
+        "--assets",
+        action="store_true",
+        help="write into assets/, together with the runs stored there",
+    )
     args, others = parser.parse_known_args(argv)
     flags = {flag.partition("=")[0].removeprefix("--").removeprefix("no-"): flag for flag in others}
     for name, flag in flags.items():
         if name == "resume" or not flag.startswith("--"):
-            raise UserError(f"{flag} is not for here: write --name=value, and go on with a sweep by its own command")
-    if not all(1 <= number <= 1000 for number in (args.seeds, args.workers, *args.lengths) if number is not None):
+            raise UserError(
+                f"{flag} is not for here: write --name=value, and go on with a sweep by its own command"
+            )
+    if not all(
+        1 <= number <= 1000
+        for number in (args.seeds, args.workers, *args.lengths)
+        if number is not None
+    ):
         raise UserError("--seeds, --workers and --lengths must lie between 1 and 1,000")
     return args, flags
 
@@ -76,23 +128,37 @@ def plan(args, flags):
     """All runs asked for, {folder: command line}. Those of one seed stand side by side, so that a sweep is balanced
     wherever it stops. Each gets the flags that count for it. Raises UserError for what train.py refuses."""
     preset = train.PRESETS.get(flags.get("preset", "").partition("=")[2], {})
-    dataset = find(args.dataset or preset.get("dataset"))[0]   # made once, before many runs need it
+    dataset = load_or_prepare(args.dataset or preset.get("dataset"))[
+        0
+    ]  # made once, before many runs need it
     runs, used = {}, set()
     seeds = range(args.seed, args.seed + args.seeds)
     for seed, pos, attention in itertools.product(seeds, args.pos, args.attention):
         kind = {"attention": attention, "pos": pos}
-        own = [name for name in sorted(flags)
-               if all(kind[other] in values for other, values in ONLY.get(name, {}).items())]
-        command = [f"--dataset={dataset}", f"--attention={attention}", f"--pos={pos}", f"--seed={seed}"]
+        own = [
+            name
+            for name in sorted(flags)
+            if all(kind[other] in values for other, values in ONLY.get(name, {}).items())
+        ]
+        command = [
+            f"--dataset={dataset}",
+            f"--attention={attention}",
+            f"--pos={pos}",
+            f"--seed={seed}",
+        ]
         command += [flags[name] for name in own]
         given = train.parse(command)
         training, _ = train.configure(given, None)
         variant = [f"{name}={given[name]}" for name in own if name not in UNNAMED]
-        folder = ",".join([f"{training.preset}-{dataset}-{attention}-{pos}", *variant, f"seed={seed}"])
+        folder = ",".join(
+            [f"{training.preset}-{dataset}-{attention}-{pos}", *variant, f"seed={seed}"]
+        )
         runs[args.out / folder] = command
         used.update(own)
     if idle := sorted(flags.keys() - used):
-        raise UserError(f"--{', --'.join(idle)} counts for none of these attentions and positions; leave it out")
+        raise UserError(
+            f"--{', --'.join(idle)} counts for none of these attentions and positions; leave it out"
+        )
     return runs
 
 
@@ -103,7 +169,9 @@ def train_missing(runs, workers, threads):
     """Trains the runs that are not finished, some at a time, and returns a sentence for each that failed. However this
     function is left, the processes have been asked to save their runs, and have stopped."""
     waiting = [folder for folder in runs if not (folder / "record.json").exists()]
-    print(f"runs: {len(runs)}, finished: {len(runs) - len(waiting)}, at a time: {workers}", flush=True)
+    print(
+        f"runs: {len(runs)}, finished: {len(runs) - len(waiting)}, at a time: {workers}", flush=True
+    )
     live, failed, total, began = {}, [], len(waiting), time.monotonic()
     try:
         while waiting or live:
@@ -117,9 +185,11 @@ def train_missing(runs, workers, threads):
                     failed.append(words)
                 left = len(waiting) + len(live)
                 seconds = (time.monotonic() - began) / (total - left) * left
-                print(f"{words}; runs left: {left}, for {clock(seconds)}", flush=True)
+                print(f"{words}; runs left: {left}, for {format_time(seconds)}", flush=True)
     except KeyboardInterrupt:
-        raise UserError("stopped, and each run is saved; the same command goes on with them") from None
+        raise UserError(
+            "stopped, and each run is saved; the same command goes on with them"
+        ) from None
     finally:
         for process in live:
             process.terminate()
@@ -135,10 +205,18 @@ def start(folder, command, threads):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "ab") as output:
-            return subprocess.Popen([sys.executable, TRAIN, *command, *resume, f"--out={folder}"], env=environment,
-                                    stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+            return subprocess.Popen(
+                [sys.executable, TRAIN, *command, *resume, f"--out={folder}"],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
     except OSError as error:
-        raise UserError(f"{folder} cannot be used ({reason(error)}); mend that, and the same command goes on") from None
+        raise UserError(
+            f"{folder} cannot be used ({describe_error(error)}); mend that, and the same command goes on"
+        ) from None
 
 
 def outcome(folder, status):
@@ -154,23 +232,41 @@ def outcome(folder, status):
 def record(folder):
     """Writes and returns what the report needs of a run. Raises UserError where training has not come to its end."""
     model, checkpoint = GPT.load(folder / "last.pt")
-    training, config, log = checkpoint["train_config"], checkpoint["model_config"], checkpoint["log"]
+    training, config, log = (
+        checkpoint["train_config"],
+        checkpoint["model_config"],
+        checkpoint["log"],
+    )
     steps = len(checkpoint["losses"])
     if steps < training["max_steps"]:
         raise UserError(f"it ended at step {steps} of {training['max_steps']}")
     best = min(log, key=lambda entry: entry["val_loss"])
-    early = checkpoint["losses"][: -(-steps // 5)]                  # of the first fifth of the steps
+    early = checkpoint["losses"][: -(-steps // 5)]  # of the first fifth of the steps
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     found = dict(
-        preset=training["preset"], dataset=training["dataset"], attention=config["attention"], pos=config["pos"],
-        flags=folder.name.split(",")[1:-1], seed=training["seed"],
-        best_val_loss=best["val_loss"], best_step=best["step"], final_val_loss=log[-1]["val_loss"],
-        val_loss_by_length={}, early_steps=len(early), early_loss=float(np.mean(early)),
-        early_curve=[round(float(part.mean()), 4) for part in np.array_split(early, min(25, len(early)))],
+        preset=training["preset"],
+        dataset=training["dataset"],
+        attention=config["attention"],
+        pos=config["pos"],
+        flags=folder.name.split(",")[1:-1],
+        seed=training["seed"],
+        best_val_loss=best["val_loss"],
+        best_step=best["step"],
+        final_val_loss=log[-1]["val_loss"],
+        val_loss_by_length={},
+        early_steps=len(early),
+        early_loss=float(np.mean(early)),
+        early_curve=[
+            round(float(part.mean()), 4) for part in np.array_split(early, min(25, len(early)))
+        ],
         attention_parameters=sum(size for name, size in sizes.items() if "attention" in name),
-        parameters=sum(sizes.values()), remembered=model.eval().cache_bytes()[1] // (4 * config["n_layer"]),
-        tokens_per_second=round(steps * training["batch_size"] * config["block_size"] / checkpoint["seconds"]),
-        log=[(entry["step"], round(entry["val_loss"], 4), entry["seconds"]) for entry in log])
+        parameters=sum(sizes.values()),
+        remembered=model.eval().cache_bytes()[1] // (4 * config["n_layer"]),
+        tokens_per_second=round(
+            steps * training["batch_size"] * config["block_size"] / checkpoint["seconds"]
+        ),
+        log=[(entry["step"], round(entry["val_loss"], 4), entry["seconds"]) for entry in log],
+    )
     write_json(folder / "record.json", found)
     return found
 
@@ -182,10 +278,16 @@ def evaluate_lengths(folder, times):
     if found["pos"] == "learned":
         return
     model, checkpoint = GPT.load(folder / "best.pt")
-    if checkpoint["log"][-1]["val_loss"] != found["best_val_loss"]:              # best.pt knows no later ones
-        raise UserError(f"{folder} was trained on after its record.json was made; remove it, or leave --lengths out")
-    training, size, losses = checkpoint["train_config"], model.config.block_size, found["val_loss_by_length"]
-    val, device = find(found["dataset"])[2]["val"], choose_device(training["device"])
+    if checkpoint["log"][-1]["val_loss"] != found["best_val_loss"]:  # best.pt knows no later ones
+        raise UserError(
+            f"{folder} was trained on after its record.json was made; remove it, or leave --lengths out"
+        )
+    training, size, losses = (
+        checkpoint["train_config"],
+        model.config.block_size,
+        found["val_loss_by_length"],
+    )
+    val, device = load_or_prepare(found["dataset"])[2]["val"], choose_device(training["device"])
     rows = training["micro_batch_size"] or training["batch_size"]
     for length in (n * size for n in times if str(n * size) not in losses and n * size < len(val)):
         longer = GPT(replace(model.config, block_size=length)).to(device)
@@ -197,7 +299,7 @@ def evaluate_lengths(folder, times):
 
 
 def write_json(path, value):
-    write(path, lambda temporary: temporary.write_text(json.dumps(value), "utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value), "utf-8"))
 
 
 # --- The program -----------------------------------------------------------------------------------------------------
@@ -208,13 +310,15 @@ def stored(path):
     try:
         return json.loads(path.read_text("utf-8")) if path.exists() else []
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({reason(error)}); mend or remove it") from None
+        raise UserError(
+            f"{path} cannot be read ({describe_error(error)}); mend or remove it"
+        ) from None
 
 
 def main(argv=None):
     for number in signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:                       # as under nohup
-            signal.signal(number, signal.default_int_handler)                    # like Ctrl-C
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)  # like Ctrl-C
     args, flags = parse(argv)
     older = stored(ASSETS / "results.json") if args.assets else []
     runs, failed = {} if args.report else plan(args, flags), []
@@ -230,8 +334,12 @@ def main(argv=None):
     if older or newer or not failed:
         report(older + newer, ASSETS if args.assets else args.out)
     if failed:
-        raise UserError("\n".join([*failed, f"{len(failed)} runs failed; mend that and give the same command again"]))
+        raise UserError(
+            "\n".join(
+                [*failed, f"{len(failed)} runs failed; mend that and give the same command again"]
+            )
+        )
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -20,26 +20,48 @@ sys.path.insert(0, str(ROOT))
 
 import prepare  # noqa: E402
 
-torch.set_num_threads(1)    # the tensors here are tiny: a second thread would wait more than it works
-os.environ["OMP_NUM_THREADS"] = "1"    # and no process looks how busy the machine is
-signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell has it ignored in what it starts behind it,
-signal.signal(signal.SIGHUP, signal.SIG_DFL)                # and nohup this one
+torch.set_num_threads(1)  # the tensors here are tiny: a second thread would wait more than it works
+os.environ["OMP_NUM_THREADS"] = "1"  # and no process looks how busy the machine is
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell has it ignored in what it starts behind it,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
 
-TEXT = "".join(f"{i} green bottles hanging on the wall, and if {i % 7} should fall: {i * i}.\n" for i in range(400))
-TINY = ["--dataset=tiny", "--preset=cpu", "--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16",
-        "--block_size=16", "--batch_size=4", "--max_steps=6", "--eval_interval=3", "--eval_tokens=500"]
+TEXT = "".join(
+    f"{i} green bottles hanging on the wall, and if {i % 7} should fall: {i * i}.\n"
+    for i in range(400)
+)
+TINY = [
+    "--dataset=tiny",
+    "--preset=cpu",
+    "--device=cpu",
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=16",
+    "--block_size=16",
+    "--batch_size=4",
+    "--max_steps=6",
+    "--eval_interval=3",
+    "--eval_tokens=500",
+]
 
 
-BESIDE = {}    # name: Python code for a process of its own
+BESIDE = {}  # name: Python code for a process of its own
 
 
 @pytest.fixture(scope="session", autouse=True)
 def processes(request):
     """Runs them one after the other, beside all tests, if one of these asks for an answer."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}           # not what a test makes of it
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # not what a test makes of it
     environment.pop("TRITON_INTERPRET", None)
-    run = lambda code: subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True,
-                                      text=True, timeout=600)
+    run = lambda code: subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     asked = any("answer" in item.fixturenames for item in request.session.items)
     with ThreadPoolExecutor(1) as pool:
         yield {name: pool.submit(run, code) for name, code in BESIDE.items() if asked}
@@ -49,10 +71,12 @@ def processes(request):
 @pytest.fixture(scope="session")
 def answer(processes):
     """What one of them printed."""
+
     def wait(name):
         result = processes[name].result()
         assert result.returncode == 0, result.stderr
         return result.stdout
+
     return wait
 
 
@@ -65,7 +89,7 @@ def trained(tmp_path_factory):
         Path("tiny.txt").write_text(TEXT)
         assert call("prepare", "tiny.txt") is None
         assert call("train", *TINY, "--out=out/run") is None
-    gc.freeze()                        # call() need not look at all that was imported
+    gc.freeze()  # call() need not look at all that was imported
     yield folder
     gc.unfreeze()
 
@@ -76,7 +100,9 @@ def folder(trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     meta = Path("data/tiny/meta.json")
-    meta.write_text(json.dumps({**json.loads(meta.read_text()), "source": str(Path("tiny.txt").resolve())}))
+    meta.write_text(
+        json.dumps({**json.loads(meta.read_text()), "source": str(Path("tiny.txt").resolve())})
+    )
     return tmp_path
 
 
@@ -91,22 +117,31 @@ def gpt2():
 def call(program, *flags):
     """Runs a program's main() as its command line would; returns its exit: None, a code or a sentence."""
     main = importlib.import_module(program).main
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
-        prepare.run(lambda: main(list(flags)))
+        prepare.run_program(lambda: main(list(flags)))
     except SystemExit as stop:
         return stop.code
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        gc.collect()                   # closes the lock on a run's folder, which the end of a process would
+        gc.collect()  # closes the lock on a run's folder, which the end of a process would
 
 
 def program(*command, **options):
     """Runs `python <command>` in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=60,
-                          env=environment, **options)
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        **options,
+    )
 
 
 def checkpoint(run, name="last.pt"):
@@ -142,4 +177,7 @@ def misused(capsys, name, flags, words):
 
 def contents():
     """Every file's bytes, and of folders, pipes and the like what they are."""
-    return {path: path.read_bytes() if path.is_file() else path.lstat().st_mode for path in Path().rglob("*")}
+    return {
+        path: path.read_bytes() if path.is_file() else path.lstat().st_mode
+        for path in Path().rglob("*")
+    }

@@ -19,62 +19,92 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model import ATTENTIONS, GPT, POSITIONS, GPTConfig, autocast, choose_device  # noqa: E402
-from prepare import Progress, new_parser, run, whole, write  # noqa: E402
+from model import ATTENTIONS, GPT, POSITIONS, GPTConfig  # noqa: E402
+from prepare import Progress, new_parser, parse_int, run_program, write_atomically  # noqa: E402
+from train import autocast, choose_device  # noqa: E402
 
 # The five attentions, and those of them that can share, with one head of keys or values.
 VARIANTS = {name: dict(attention=name, n_kv_head=None) for name in ATTENTIONS} | {
     f"{name}, one {what}": dict(attention=name, n_kv_head=1)
-    for name, what in (("gqa", "k, v"), ("qv", "v"), ("qv_ka", "v"))}
+    for name, what in (("gqa", "k, v"), ("qv", "v"), ("qv_ka", "v"))
+}
 
 
 def parse(argv=None):
     parser = new_parser(__doc__)
-    parser.add_argument("--pos", default=",".join(POSITIONS), help="kinds of positions, with commas (default: all)")
-    parser.add_argument("--context", type=whole, default=1024, help="tokens remembered at the end (default: 1024)")
-    parser.add_argument("--tokens", type=whole, default=64, help="tokens measured with the cache (default: 64)")
+    parser.add_argument(
+        "--pos", default=",".join(POSITIONS), help="kinds of positions, with commas (default: all)"
+    )
+    parser.add_argument(
+        "--context",
+        type=parse_int,
+        default=1024,
+        help="tokens remembered at the end (default: 1024)",
+    )
+    parser.add_argument(
+        "--tokens", type=parse_int, default=64, help="tokens measured with the cache (default: 64)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps ... (default: auto)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                        help="of matrix products (default: auto)")
-    parser.add_argument("--draw", metavar="FILE.png", type=Path, help="draw what a token leaves behind, instead")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of matrix products (default: auto)",
+    )
+    parser.add_argument(
+        "--draw", metavar="FILE.png", type=Path, help="draw what a token leaves behind, instead"
+    )
     args = parser.parse_args(argv)
     if unknown := set(args.pos.split(",")) - set(POSITIONS):
         parser.error(f"--pos={unknown.pop()} is unknown; take one or more of {','.join(POSITIONS)}")
     if not 0 < args.tokens < args.context - 1:
-        parser.error(f"--tokens={args.tokens} must be at least 1 and below --context={args.context} - 1")
+        parser.error(
+            f"--tokens={args.tokens} must be at least 1 and below --context={args.context} - 1"
+        )
     return args
 
 
 def seconds_per_token(models, prompt, count, use_cache):
     """For each model, the median over `count` tokens after a first one; without a cache, each reads all the prompt."""
-    streams = {name: model.generate(prompt, count + 1, use_cache=use_cache) for name, model in models.items()}
+    streams = {
+        name: model.generate(prompt, count + 1, use_cache=use_cache)
+        for name, model in models.items()
+    }
     times = {name: [] for name in models}
     for _ in range(count + 1):
         for name, tokens in streams.items():
             started = time.perf_counter()
-            int(next(tokens))                                                        # waits for the device
+            int(next(tokens))  # waits for the device
             times[name].append(time.perf_counter() - started)
     return {name: median(rest) for name, (_, *rest) in times.items()}
 
 
 def benchmark(shape, positions, device, context, tokens, uncached=9):
     """Prints a table: for each kind of positions, and a GPTConfig's shape with each attention, bytes and speeds."""
-    print(f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, {shape.block_size:,} tokens of context; "
-          f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n\n"
-          "| positions | attention | cache, bytes/token | tokens/s | times qkv's | without cache | times qkv's |\n"
-          "|---|---|---|---|---|---|---|")
+    print(
+        f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, {shape.block_size:,} tokens of context; "
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n\n"
+        "| positions | attention | cache, bytes/token | tokens/s | times qkv's | without cache | times qkv's |\n"
+        "|---|---|---|---|---|---|---|"
+    )
     progress = Progress(len(positions))
     for done, pos in enumerate(positions, 1):
-        models = {name: GPT(replace(shape, pos=pos, **variant)).to(device).eval() for name, variant in VARIANTS.items()}
+        models = {
+            name: GPT(replace(shape, pos=pos, **variant)).to(device).eval()
+            for name, variant in VARIANTS.items()
+        }
         prompt = torch.randint(shape.vocab_size, (1, shape.block_size - tokens - 1), device=device)
-        with context:                                                                # keeps weights that it converts
+        with context:  # keeps weights that it converts
             cached = seconds_per_token(models, prompt, tokens, use_cache=True)
             plain = seconds_per_token(models, prompt, uncached, use_cache=False)
             nbytes = {name: model.cache_bytes()[1] for name, model in models.items()}
         progress.clear()
         for name in models:
-            print(f"| {pos} | {name} | {nbytes[name]:,} | {1 / cached[name]:.0f} | {cached['qkv'] / cached[name]:.2f} "
-                  f"| {1 / plain[name]:.1f} | {plain['qkv'] / plain[name]:.2f} |", flush=True)
+            print(
+                f"| {pos} | {name} | {nbytes[name]:,} | {1 / cached[name]:.0f} | {cached['qkv'] / cached[name]:.2f} "
+                f"| {1 / plain[name]:.1f} | {plain['qkv'] / plain[name]:.2f} |",
+                flush=True,
+            )
         progress(done, f"measured {done} of {len(positions)} kinds of positions")
     progress.clear()
 
@@ -84,9 +114,18 @@ def remembered(shape, variant):
     attention = GPT(replace(shape, pos="rope", n_layer=1, **variant)).blocks[0].attention
     memory = [m[0, 0] for m in attention.write(torch.zeros(1, 1, shape.n_embd), 0)]
     if variant["attention"] == "mla":
-        return [(letter, m.size(-1)) for letter, m in zip("cr", memory[0].split(attention.widths, dim=-1))]
-    letters = {"qkv": "kv", "gqa": "kv", "qv": "v", "qv_ka": "vg"}.get(variant["attention"], repeat("?"))
-    return [(letter, m.size(-1)) for letter, m in zip(letters, memory) for _ in range(m.numel() // m.size(-1))]
+        return [
+            (letter, m.size(-1))
+            for letter, m in zip("cr", memory[0].split(attention.widths, dim=-1))
+        ]
+    letters = {"qkv": "kv", "gqa": "kv", "qv": "v", "qv_ka": "vg"}.get(
+        variant["attention"], repeat("?")
+    )
+    return [
+        (letter, m.size(-1))
+        for letter, m in zip(letters, memory)
+        for _ in range(m.numel() // m.size(-1))
+    ]
 
 
 def draw(shape, path):
@@ -94,9 +133,14 @@ def draw(shape, path):
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    kinds = {"k": ("key", "#555555", ""), "v": ("value", "#E69F00", ""), "c": ("latent", "#56B4E9", "//"),
-             "r": ("rotary key (rope only)", "#009E73", ""), "g": ("context", "#CC79A7", ".."),
-             "?": ("of an attention of one's own", "#D55E00", "")}                   # Okabe and Ito's colours
+    kinds = {
+        "k": ("key", "#555555", ""),
+        "v": ("value", "#E69F00", ""),
+        "c": ("latent", "#56B4E9", "//"),
+        "r": ("rotary key (rope only)", "#009E73", ""),
+        "g": ("context", "#CC79A7", ".."),
+        "?": ("of an attention of one's own", "#D55E00", ""),
+    }  # Okabe and Ito's colours
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes, seen = figure.subplots(), set()
     for row, (name, variant) in enumerate(VARIANTS.items()):
@@ -104,19 +148,39 @@ def draw(shape, path):
         for letter, width in remembered(shape, variant):
             seen.add(letter)
             _, colour, hatch = kinds[letter]
-            axes.barh(row, width, 0.7, left, color=colour, hatch=hatch, edgecolor="white", linewidth=1)
-            axes.text(left + width / 2, row, letter, ha="center", va="center", fontsize=8,
-                      color="white" if letter == "k" else "black")
+            axes.barh(
+                row, width, 0.7, left, color=colour, hatch=hatch, edgecolor="white", linewidth=1
+            )
+            axes.text(
+                left + width / 2,
+                row,
+                letter,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if letter == "k" else "black",
+            )
             left += width
         axes.text(left + 8, row, left, va="center", fontsize=9)
-    axes.set(yticks=range(len(VARIANTS)), yticklabels=VARIANTS, xlim=(0, 850), xlabel="numbers remembered per token "
-             f"and layer ({shape.n_head} heads of width {shape.n_embd // shape.n_head})")
+    axes.set(
+        yticks=range(len(VARIANTS)),
+        yticklabels=VARIANTS,
+        xlim=(0, 850),
+        xlabel="numbers remembered per token "
+        f"and layer ({shape.n_head} heads of width {shape.n_embd // shape.n_head})",
+    )
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(handles=[Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=f"{letter}: {word}")
-                         for letter, (word, colour, hatch) in kinds.items() if letter in seen],
-                loc="lower right", fontsize=9)
-    write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    axes.legend(
+        handles=[
+            Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=f"{letter}: {word}")
+            for letter, (word, colour, hatch) in kinds.items()
+            if letter in seen
+        ],
+        loc="lower right",
+        fontsize=9,
+    )
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
     print(f"drew {path}")
 
 
@@ -131,4 +195,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -28,12 +28,25 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model import GPT  # noqa: E402
-from prepare import Progress, UserError, new_parser, run, whole  # noqa: E402
+from prepare import Progress, UserError, new_parser, parse_int, run_program  # noqa: E402
 
-FLAGS = ["--dataset=signs", "--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=64", "--block_size=8",
-         "--batch_size=4", "--eval_interval=2", "--eval_tokens=20"]
-SETTINGS = {"muon": ["--optimizer=muon"], "adamw": ["--optimizer=adamw"],
-            "dropout": ["--dropout=0.2", "--micro_batch_size=2"], "two": ["--dropout=0.2"]}
+FLAGS = [
+    "--dataset=signs",
+    "--device=cpu",
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=64",
+    "--block_size=8",
+    "--batch_size=4",
+    "--eval_interval=2",
+    "--eval_tokens=20",
+]
+SETTINGS = {
+    "muon": ["--optimizer=muon"],
+    "adamw": ["--optimizer=adamw"],
+    "dropout": ["--dropout=0.2", "--micro_batch_size=2"],
+    "two": ["--dropout=0.2"],
+}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -41,14 +54,21 @@ def prepare_signs(folder):
     """Makes the data set that all runs train on, in folder/data: of 6,004 different characters."""
     text = "".join(chr(0x4E00 + i * i % 12007) for i in range(30_000))
     Path(folder, "signs.txt").write_text(text, encoding="utf-8")
-    subprocess.run([sys.executable, ROOT / "prepare.py", "signs.txt"], cwd=folder, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, ROOT / "prepare.py", "signs.txt"],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+    )
 
 
 def kill(process):
     """SIGKILL to a process and those that torchrun has started, each of which has a session of its own."""
-    with suppress(ProcessLookupError):                                               # it has just ended
-        os.kill(process.pid, signal.SIGSTOP)                                         # and starts no more of them
-        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    with suppress(ProcessLookupError):  # it has just ended
+        os.kill(process.pid, signal.SIGSTOP)  # and starts no more of them
+        found = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout
         for pid in *map(int, found.split()), process.pid:
             os.kill(pid, signal.SIGKILL)
 
@@ -56,19 +76,26 @@ def kill(process):
 def start(command, folder, seconds=1e5, planned=True):
     """Runs a command, to its end or so many seconds, which count from train.py's plan on (or from its start). Returns
     whether it was killed, and the times when it was started, had its plan, had made its evaluations, and was over."""
-    process = subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     times, lines, timer = [time.monotonic()], [], Timer(seconds, kill, [process])
     try:
         if not planned:
             timer.start()
-        for line in process.stdout:                                                  # until all who share it are dead
+        for line in process.stdout:  # until all who share it are dead
             lines.append(line)
             if line.startswith(("plan:", "step ")):
                 times.append(time.monotonic())
             if line.startswith("plan:") and planned:
                 timer.start()
-    except KeyboardInterrupt:                                                        # which reaches no other session
+    except KeyboardInterrupt:  # which reaches no other session
         kill(process)
         raise
     finally:
@@ -80,8 +107,16 @@ def start(command, folder, seconds=1e5, planned=True):
 
 def parts(out):
     """What a run has written, by name. Raises UserError where a checkpoint cannot be read."""
-    log = {"log.jsonl": [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]}
-    return log | {f"{path.name}'s {key}": part for path in out.glob("*.pt") for key, part in GPT.load(path)[1].items()}
+    log = {
+        "log.jsonl": [
+            json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()
+        ]
+    }
+    return log | {
+        f"{path.name}'s {key}": part
+        for path in out.glob("*.pt")
+        for key, part in GPT.load(path)[1].items()
+    }
 
 
 def same(one, other):
@@ -90,20 +125,39 @@ def same(one, other):
         return False
     if isinstance(one, dict):
         free = ("seconds", "out", "resume", "last.pt's seconds", "best.pt's seconds")
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one if key not in free)
+        return one.keys() == other.keys() and all(
+            same(one[key], other[key]) for key in one if key not in free
+        )
     if isinstance(one, list):
         return len(one) == len(other) and all(map(same, one, other))
-    return one.numpy().tobytes() == other.numpy().tobytes() if isinstance(one, torch.Tensor) else one == other
+    return (
+        one.numpy().tobytes() == other.numpy().tobytes()
+        if isinstance(one, torch.Tensor)
+        else one == other
+    )
 
 
 def trial(folder, setting, kills, chance, steps=400, early=0.2):
     """Trains one run whole and others with so many kills in all, that share of them before training begins, and returns
     a sentence about them. Raises UserError with the first thing that was lost."""
     data, progress = {path: path.read_bytes() for path in folder.glob("data/*/*")}, Progress(kills)
-    command = [sys.executable, *(TORCHRUN if setting == "two" else []), ROOT / "train.py", *FLAGS, *SETTINGS[setting]]
+    command = [
+        sys.executable,
+        *(TORCHRUN if setting == "two" else []),
+        ROOT / "train.py",
+        *FLAGS,
+        *SETTINGS[setting],
+    ]
     command += [f"--max_steps={steps}", "--out"]
     _, (begun, planned, *_, trained, _) = start([*command, f"{setting}-whole"], folder)
-    expected, killed, writing, resumed, runs, finished = parts(folder / f"{setting}-whole"), 0, 0, 0, 0, True
+    expected, killed, writing, resumed, runs, finished = (
+        parts(folder / f"{setting}-whole"),
+        0,
+        0,
+        0,
+        0,
+        True,
+    )
     while killed < kills or not finished:
         runs += finished
         out, early_on = folder / f"{setting}-{runs}", chance.random() < early
@@ -112,12 +166,22 @@ def trial(folder, setting, kills, chance, steps=400, early=0.2):
         seconds = chance.random() * longest if killed < kills else 1e5
         hit, times = start([*command, out, *resume], folder, seconds, not early_on)
         left, finished = {*out.glob("*.tmp")}, not hit
-        killed, writing, resumed = killed + hit, writing + bool(left - before), resumed + len(resume)
+        killed, writing, resumed = (
+            killed + hit,
+            writing + bool(left - before),
+            resumed + len(resume),
+        )
         if len(times) > 2 and left & before or finished and left:
-            raise UserError(f"after {killed} kills {min(left).name} is left, which an earlier process wrote")
+            raise UserError(
+                f"after {killed} kills {min(left).name} is left, which an earlier process wrote"
+            )
         found = parts(out) if len(times) > 2 else {}
         if finished and not same(found, expected):
-            wrong = [name for name in expected if not same({name: expected[name]}, {name: found.get(name)})]
+            wrong = [
+                name
+                for name in expected
+                if not same({name: expected[name]}, {name: found.get(name)})
+            ]
             raise UserError(f"after {killed} kills these differ: {', '.join(wrong)}")
         progress(killed, f"{setting}: {killed} of {kills} kills")
     progress.clear()
@@ -128,15 +192,20 @@ def trial(folder, setting, kills, chance, steps=400, early=0.2):
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    parser.add_argument("--kills", type=whole, default=50, help="in each setting (default: 50)")
+    parser.add_argument("--kills", type=parse_int, default=50, help="in each setting (default: 50)")
     parser.add_argument("--setting", default="all", choices=("all", *SETTINGS), help="default: all")
-    parser.add_argument("--seed", type=whole, default=1337, help="of the moments (default: 1337)")
+    parser.add_argument(
+        "--seed", type=parse_int, default=1337, help="of the moments (default: 1337)"
+    )
     args, failed = parser.parse_args(argv), False
     with tempfile.TemporaryDirectory() as folder:
         prepare_signs(folder)
         for setting in SETTINGS if args.setting == "all" else [args.setting]:
             try:
-                words = trial(Path(folder), setting, args.kills, random.Random(args.seed)) + ": equal bit for bit"
+                words = (
+                    trial(Path(folder), setting, args.kills, random.Random(args.seed))
+                    + ": equal bit for bit"
+                )
             except UserError as error:
                 words, failed = f"FAILED {error}", True
             print(f"{setting}: {words}", flush=True)
@@ -144,4 +213,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

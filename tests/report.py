@@ -15,32 +15,59 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from model import ATTENTIONS, POSITIONS, GPTConfig
-from prepare import UserError, write
+from prepare import UserError, write_atomically
 
-ONLY = {field.name: field.metadata["only"] for field in fields(GPTConfig)}       # {flag: {other: values that it needs}}
+ONLY = {
+    field.name: field.metadata["only"] for field in fields(GPTConfig)
+}  # {flag: {other: values that it needs}}
 # Flags by which an attention is unlike qkv, or, by n_inner, as large. All others make a comparison of its own.
 VARIANT = {*(name for name, only in ONLY.items() if only), "n_inner"}
-MEMORY = VARIANT - {"n_inner", "shared_wk"}                                      # of these, what changes the memory
+MEMORY = VARIANT - {"n_inner", "shared_wk"}  # of these, what changes the memory
 
 # A claim; a sum over runs of one seed, and of the positions at hand or those named; on which side of zero it must be;
 # and, if not the loss, which number of the records is summed. What the table of claims shows is what is computed.
 CLAIMS = [
     ("C1: QV is worse than QKV", "qv - qkv", ">"),
-    ("C2: QV's gap to QKV is less than half of that with learned positions",
-     "qv - qkv - 0.5 learned qv + 0.5 learned qkv", "<"),
-    ("C2: QV's gap to QKV is less than half of that with sinusoidal positions",
-     "qv - qkv - 0.5 sinusoidal qv + 0.5 sinusoidal qkv", "<"),
+    (
+        "C2: QV's gap to QKV is less than half of that with learned positions",
+        "qv - qkv - 0.5 learned qv + 0.5 learned qkv",
+        "<",
+    ),
+    (
+        "C2: QV's gap to QKV is less than half of that with sinusoidal positions",
+        "qv - qkv - 0.5 sinusoidal qv + 0.5 sinusoidal qkv",
+        "<",
+    ),
     ("C3: QV-Ka is better than QV", "qv_ka - qv", "<"),
     ("C3: QV-Ka closes more than half of QV's gap", "qv_ka - 0.5 qv - 0.5 qkv", "<"),
     ("C3: QV-Ka is better than QKV", "qv_ka - qkv", "<"),
-    ("C4: QV-Ka learns faster than QKV at first (training loss, mean of the first fifth)",
-     "qv_ka - qkv", "<", "early_loss"),
+    (
+        "C4: QV-Ka learns faster than QKV at first (training loss, mean of the first fifth)",
+        "qv_ka - qkv",
+        "<",
+        "early_loss",
+    ),
     ("QV is worse than GQA, which remembers as much", "qv - gqa", ">"),
-    ("QV with 2 values is worse than MQA, which remembers as much", "qv n_kv_head=2 - gqa n_kv_head=1", ">"),
-    ("QV-Ka with 1 value is better than MQA, which remembers as much",
-     "qv_ka d_ctx=32 n_kv_head=1 - gqa n_kv_head=1", "<"),
-    ("QV-Ka with one W_K for all heads is worse than with one each", "qv_ka shared_wk - qv_ka", ">"),
-    ("QV-Ka with a context half as wide, of a head's width, is worse", "qv_ka d_ctx=32 - qv_ka", ">"),
+    (
+        "QV with 2 values is worse than MQA, which remembers as much",
+        "qv n_kv_head=2 - gqa n_kv_head=1",
+        ">",
+    ),
+    (
+        "QV-Ka with 1 value is better than MQA, which remembers as much",
+        "qv_ka d_ctx=32 n_kv_head=1 - gqa n_kv_head=1",
+        "<",
+    ),
+    (
+        "QV-Ka with one W_K for all heads is worse than with one each",
+        "qv_ka shared_wk - qv_ka",
+        ">",
+    ),
+    (
+        "QV-Ka with a context half as wide, of a head's width, is worse",
+        "qv_ka d_ctx=32 - qv_ka",
+        ">",
+    ),
     ("QKV is worse than with rope", "qkv - rope qkv", ">"),
 ]
 TERM = re.compile(rf"(?:^|([+-]) )([\d.]+ )?(?:({'|'.join(POSITIONS)}) )?(\w+(?: \w+(?:=\S+)?)*)")
@@ -115,8 +142,14 @@ def verdict(values, side, corrected):
 
 # --- Tables and figures ----------------------------------------------------------------------------------------------
 
-STYLES = defaultdict(lambda: ("0.4", "X"), qkv=("k", "o"), gqa=("#E69F00", "s"), mla=("#009E73", "^"),
-                     qv=("#D55E00", "v"), qv_ka=("#0072B2", "D"))                # Okabe and Ito's colours, for all eyes
+STYLES = defaultdict(
+    lambda: ("0.4", "X"),
+    qkv=("k", "o"),
+    gqa=("#E69F00", "s"),
+    mla=("#009E73", "^"),
+    qv=("#D55E00", "v"),
+    qv_ka=("#0072B2", "D"),
+)  # Okabe and Ito's colours, for all eyes
 
 
 def table(head, rows):
@@ -137,7 +170,11 @@ def place(run):
 
 def setting(run):
     """What all runs of a comparison share: the preset, the data, and those of its flags that make no variant."""
-    return run["preset"], run["dataset"], *(flag for flag in run["flags"] if flag.partition("=")[0] not in VARIANT)
+    return (
+        run["preset"],
+        run["dataset"],
+        *(flag for flag in run["flags"] if flag.partition("=")[0] not in VARIANT),
+    )
 
 
 class Comparison:
@@ -148,7 +185,9 @@ class Comparison:
         self.title, self.groups = ", ".join([f"{preset} preset", dataset, *self.flags]), {}
         for run in sorted(runs, key=place):
             own = [flag for flag in run["flags"] if flag not in self.flags]
-            label = " ".join([run["attention"], *own]).replace("=True", "")          # --shared_wk, as it is given
+            label = " ".join([run["attention"], *own]).replace(
+                "=True", ""
+            )  # --shared_wk, as it is given
             by_length = {int(length): loss for length, loss in run["val_loss_by_length"].items()}
             self.groups.setdefault((run["pos"], label), {})[run["seed"]] = {**run, **by_length}
         self.positions, self.labels = (unique(names) for names in zip(*self.groups))
@@ -156,10 +195,20 @@ class Comparison:
 
     def values(self, formula, pos, name="best_val_loss"):
         """What a formula, such as qv - qkv, makes of that number of the records, for each seed that all terms have."""
-        terms = [(float(factor or 1) * (-1 if sign == "-" else 1), self.groups.get((there or pos, label), {}))
-                 for sign, factor, there, label in TERM.findall(formula)]
-        seeds = set.intersection(*({seed for seed, run in group.items() if name in run} for _, group in terms))
-        return [sum(weight * np.array(group[seed][name]) for weight, group in terms) for seed in sorted(seeds)]
+        terms = [
+            (
+                float(factor or 1) * (-1 if sign == "-" else 1),
+                self.groups.get((there or pos, label), {}),
+            )
+            for sign, factor, there, label in TERM.findall(formula)
+        ]
+        seeds = set.intersection(
+            *({seed for seed, run in group.items() if name in run} for _, group in terms)
+        )
+        return [
+            sum(weight * np.array(group[seed][name]) for weight, group in terms)
+            for seed in sorted(seeds)
+        ]
 
     def gap(self, pos, label, name="best_val_loss"):
         """The differences to qkv."""
@@ -167,36 +216,81 @@ class Comparison:
 
     def longer(self, pos, label):
         """{tokens in a window: the losses}, where they were measured."""
-        return {length: losses for length in self.lengths if (losses := self.values(label, pos, length))}
+        return {
+            length: losses for length in self.lengths if (losses := self.values(label, pos, length))
+        }
 
     def claims(self):
         """A row for each claim that the runs tell of: for each kind of positions, the difference and a verdict."""
-        rows = [(claim, formula, side, [[] if f" {pos} " in formula else self.values(formula, pos, *name)
-                                        for pos in self.positions]) for claim, formula, side, *name in CLAIMS]
+        rows = [
+            (
+                claim,
+                formula,
+                side,
+                [
+                    [] if f" {pos} " in formula else self.values(formula, pos, *name)
+                    for pos in self.positions
+                ],
+            )
+            for claim, formula, side, *name in CLAIMS
+        ]
         corrected = iter(holm([chance(values) for *_, cells in rows for values in cells if values]))
         for claim, formula, side, cells in rows:
             if any(cells):
-                told = (f"{difference(cell)} {verdict(cell, side, next(corrected))}" if cell else "" for cell in cells)
+                told = (
+                    f"{difference(cell)} {verdict(cell, side, next(corrected))}" if cell else ""
+                    for cell in cells
+                )
                 yield claim, f"{formula} {side} 0", *told
 
     def markdown(self):
         """The claims, every group, and the losses in longer windows, as tables."""
         groups, longer = [], []
         for (pos, label), runs in self.groups.items():
-            step, *sizes = (f"{np.median([run[name] for run in runs.values()]):,.0f}" for name in (
-                "best_step", "attention_parameters", "parameters", "remembered"))
+            step, *sizes = (
+                f"{np.median([run[name] for run in runs.values()]):,.0f}"
+                for name in ("best_step", "attention_parameters", "parameters", "remembered")
+            )
             speed = max(run["tokens_per_second"] for run in runs.values())
             gaps = difference(self.gap(pos, label)), difference(self.gap(pos, label, "early_loss"))
-            groups.append([pos, label, len(runs), told(self.values(label, pos)), *gaps, step, *sizes, f"{speed:,}"])
+            groups.append(
+                [
+                    pos,
+                    label,
+                    len(runs),
+                    told(self.values(label, pos)),
+                    *gaps,
+                    step,
+                    *sizes,
+                    f"{speed:,}",
+                ]
+            )
             if losses := self.longer(pos, label):
                 longer.append([pos, label, *(told(losses.get(length)) for length in self.lengths)])
         claims = list(self.claims())
         verdicts = sum(cell != "" for _, _, *cells in claims for cell in cells)
         tables = (
             table([f"claim ({verdicts} verdicts)", "holds if", *self.positions], claims),
-            table(["positions", "attention", "seeds", "loss", "loss - qkv's", "training loss, first fifth - qkv's",
-                   "at step", "parameters in attention", "in all", "remembered", "training tokens/s"], groups),
-            table(["positions", "attention", *(f"loss in {n} tokens" for n in self.lengths)], longer))
+            table(
+                [
+                    "positions",
+                    "attention",
+                    "seeds",
+                    "loss",
+                    "loss - qkv's",
+                    "training loss, first fifth - qkv's",
+                    "at step",
+                    "parameters in attention",
+                    "in all",
+                    "remembered",
+                    "training tokens/s",
+                ],
+                groups,
+            ),
+            table(
+                ["positions", "attention", *(f"loss in {n} tokens" for n in self.lengths)], longer
+            ),
+        )
         return "\n".join([f"## {self.title}\n", *filter(None, tables)])
 
     def style(self, label):
@@ -204,14 +298,27 @@ class Comparison:
         attention = label.split()[0]
         number = [other for other in self.labels if other.split()[0] == attention].index(label)
         (colour, marker), line = STYLES[attention], ("-", "--", ":", "-.")[number % 4]
-        return dict(color=colour, marker=marker, markerfacecolor="white" if number else colour, linestyle=line)
+        return dict(
+            color=colour,
+            marker=marker,
+            markerfacecolor="white" if number else colour,
+            linestyle=line,
+        )
 
     def draw_gaps(self, figure):
         """Above, the differences to qkv, and each seed's as a faint dot; below, how they develop early in training."""
         labels = unique(label for pos, label in self.groups if self.gap(pos, label))
-        labels = [label for label in labels if " " not in label] or labels           # variants where there is no other
-        axes = figure.subplots(2, len(self.positions), sharex="row", sharey="row", squeeze=False,
-                               height_ratios=(len(labels) + 3, 9))
+        labels = [
+            label for label in labels if " " not in label
+        ] or labels  # variants where there is no other
+        axes = figure.subplots(
+            2,
+            len(self.positions),
+            sharex="row",
+            sharey="row",
+            squeeze=False,
+            height_ratios=(len(labels) + 3, 9),
+        )
         for pos, above, below in zip(self.positions, *axes):
             for row, label in enumerate(labels):
                 if gap := self.gap(pos, label):
@@ -219,11 +326,22 @@ class Comparison:
                     above.plot(gap, [row] * len(gap), ".", color=style["color"], alpha=0.35)
                     above.errorbar(mean, row, xerr=half, capsize=3, **style)
                     mean, half = interval(self.gap(pos, label, "early_curve"))
-                    steps = (np.arange(len(mean)) + 0.5) / len(mean) * self.values(label, pos, "early_steps")[0]
+                    steps = (
+                        (np.arange(len(mean)) + 0.5)
+                        / len(mean)
+                        * self.values(label, pos, "early_steps")[0]
+                    )
                     below.plot(steps, mean, label=label, markevery=4, **style)
-                    below.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.12, lw=0)
+                    below.fill_between(
+                        steps, mean - half, mean + half, color=style["color"], alpha=0.12, lw=0
+                    )
             above.axvline(0, color="k", lw=1)
-            above.set(title=f"{pos} positions", xlabel="loss - qkv's", yticks=range(len(labels)), yticklabels=labels)
+            above.set(
+                title=f"{pos} positions",
+                xlabel="loss - qkv's",
+                yticks=range(len(labels)),
+                yticklabels=labels,
+            )
             above.locator_params(axis="x", nbins=3)
             above.set_ymargin(0.15)
             below.axhline(0, color="k", lw=1)
@@ -233,34 +351,68 @@ class Comparison:
 
     def draw_frontier(self, figure):
         """The loss against what a token leaves behind, for every attention and its variants, which are named."""
-        groups = [(pos, label) for pos, label in self.groups
-                  if {flag.partition("=")[0] for flag in label.split()[1:]} <= MEMORY] or self.groups
-        positions = multimode(pos for pos, label in groups)                          # those with most groups
+        groups = [
+            (pos, label)
+            for pos, label in self.groups
+            if {flag.partition("=")[0] for flag in label.split()[1:]} <= MEMORY
+        ] or self.groups
+        positions = multimode(pos for pos, label in groups)  # those with most groups
         attentions = unique(label.split()[0] for _, label in groups)
-        for pos, panel in zip(positions, figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]):
+        for pos, panel in zip(
+            positions, figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]
+        ):
             for label in (label for there, label in groups if there == pos):
-                (attention, *variant), (mean, half) = label.split(), interval(self.values(label, pos))
-                x = self.values(label, pos, "remembered")[0] * 1.02 ** (attentions.index(attention) - 2)
+                (attention, *variant), (mean, half) = (
+                    label.split(),
+                    interval(self.values(label, pos)),
+                )
+                x = self.values(label, pos, "remembered")[0] * 1.02 ** (
+                    attentions.index(attention) - 2
+                )
                 colour, marker = STYLES[attention]
-                panel.errorbar(x, mean, half, label=attention, capsize=3, color=colour, marker=marker, linestyle="none")
-                panel.annotate("\n".join(variant), (x, mean), (5, 3), textcoords="offset points", fontsize=6)
+                panel.errorbar(
+                    x,
+                    mean,
+                    half,
+                    label=attention,
+                    capsize=3,
+                    color=colour,
+                    marker=marker,
+                    linestyle="none",
+                )
+                panel.annotate(
+                    "\n".join(variant), (x, mean), (5, 3), textcoords="offset points", fontsize=6
+                )
             panel.set_xscale("log", base=2)
             panel.xaxis.set_major_formatter("{x:.0f}")
-            panel.set(title=f"{pos} positions", xlabel="remembered per token and layer (moved apart)", xmargin=0.1)
+            panel.set(
+                title=f"{pos} positions",
+                xlabel="remembered per token and layer (moved apart)",
+                xmargin=0.1,
+            )
         figure.axes[0].set(ylabel="best validation loss (intervals of 95 %)")
 
     def draw_lengths(self, figure):
         """The losses in windows of several lengths; the points of a label stand a little apart from those of others."""
-        positions, labels = map(unique, zip(*(group for group in self.groups if self.longer(*group))))
+        positions, labels = map(
+            unique, zip(*(group for group in self.groups if self.longer(*group)))
+        )
         for pos, panel in zip(positions, figure.subplots(1, len(positions), squeeze=False)[0]):
             for number, label in enumerate(labels):
                 if (pos, label) in self.groups and (losses := self.longer(pos, label)):
                     windows = np.array([*losses]) * 1.03 ** (number - (len(labels) - 1) / 2)
                     means, halves = zip(*map(interval, losses.values()))
-                    panel.errorbar(windows, means, halves, label=label, capsize=3, **self.style(label))
+                    panel.errorbar(
+                        windows, means, halves, label=label, capsize=3, **self.style(label)
+                    )
             panel.set_xscale("log", base=2)
-            panel.set(title=f"{pos} positions (scales differ)", xlabel="tokens in a window", ylabel="loss",
-                      xticks=self.lengths, xticklabels=self.lengths)
+            panel.set(
+                title=f"{pos} positions (scales differ)",
+                xlabel="tokens in a window",
+                ylabel="loss",
+                xticks=self.lengths,
+                xticklabels=self.lengths,
+            )
 
 
 def draw(path, comparisons, method, height):
@@ -277,24 +429,41 @@ def draw(path, comparisons, method, height):
             lines.update(zip(*reversed(panel.get_legend_handles_labels())))
         if lines:
             part.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=5)
-    write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def report(records, folder):
     """Writes all that to `folder`; of several records of one run the last counts. Raises UserError if there is none."""
     if not records:
-        raise UserError(f"there is no finished run for {folder}/results.md; train some first: python tests/compare.py")
+        raise UserError(
+            f"there is no finished run for {folder}/results.md; train some first: python tests/compare.py"
+        )
     identity = "preset", "dataset", "pos", "attention", "seed", "flags"
     runs = {str([run[name] for name in identity]): run for run in records}
     settings = sorted({setting(run) for run in runs.values()})
-    comparisons = [Comparison([run for run in runs.values() if setting(run) == one]) for one in settings]
+    comparisons = [
+        Comparison([run for run in runs.values() if setting(run) == one]) for one in settings
+    ]
     text = "\n".join([MEANING, *(comparison.markdown() for comparison in comparisons)])
     lines = "[\n" + ",\n".join(json.dumps(run) for run in runs.values()) + "\n]\n"
-    write(folder / "results.json", lambda temporary: temporary.write_text(lines, encoding="utf-8"))
-    write(folder / "results.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    compared = [one for one in comparisons if any(len(one.gap(*group)) > 1 for group in one.groups)]  # intervals
-    compared = [one for one in compared if not one.flags] or compared                # presets as they are, if any
+    write_atomically(
+        folder / "results.json", lambda temporary: temporary.write_text(lines, encoding="utf-8")
+    )
+    write_atomically(
+        folder / "results.md", lambda temporary: temporary.write_text(text, encoding="utf-8")
+    )
+    compared = [
+        one for one in comparisons if any(len(one.gap(*group)) > 1 for group in one.groups)
+    ]  # intervals
+    compared = [one for one in compared if not one.flags] or compared  # presets as they are, if any
     draw(folder / "results.png", compared, Comparison.draw_gaps, 7)
     draw(folder / "frontier.png", compared, Comparison.draw_frontier, 5.5)
-    draw(folder / "lengths.png", [one for one in comparisons if one.lengths], Comparison.draw_lengths, 4)
-    print(f"{text}\nruns: {len(runs)}; written to {folder}/: results.md, results.json and the figures")
+    draw(
+        folder / "lengths.png",
+        [one for one in comparisons if one.lengths],
+        Comparison.draw_lengths,
+        4,
+    )
+    print(
+        f"{text}\nruns: {len(runs)}; written to {folder}/: results.md, results.json and the figures"
+    )

@@ -24,18 +24,26 @@ from torch.utils.checkpoint import checkpoint
 
 CUDA = torch.cuda.is_available()
 INTERPRET = {} if CUDA else {"TRITON_INTERPRET": "1"}
-with mock.patch.dict(os.environ, INTERPRET):         # only here and during these tests: the others need not know
+with mock.patch.dict(
+    os.environ, INTERPRET
+):  # only here and during these tests: the others need not know
     import kernel
 from kernel import qv_attention, qv_attention_plain, qv_decode
 from model import GPT, GPTConfig
 from prepare import UserError
 
 DEVICE = "cuda" if CUDA else "cpu"
-pytestmark = [pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),          # of an empty part's sum
-              pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")]
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:divide by zero encountered in log2"
+    ),  # of an empty part's sum
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+]
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-runs = pytest.mark.skipif(not CUDA and not kernel.INTERPRETED, reason="needs triton, and a GPU or its interpreter")
+runs = pytest.mark.skipif(
+    not CUDA and not kernel.INTERPRETED, reason="needs triton, and a GPU or its interpreter"
+)
 VERSION = kernel.triton and tuple(map(int, kernel.triton.__version__.split(".")[:2]))
 compiles = pytest.mark.skipif(kernel.triton is None, reason="needs triton")
 
@@ -44,9 +52,15 @@ def pairs(seed=0, **factors):
     """Cases in which every two values of two factors meet at least once: the full product would take hours."""
     random, names = Random(seed), list(factors)
     meetings = lambda case: {((a, case[a]), (b, case[b])) for a, b in combinations(names, 2)}
-    missing = {((a, x), (b, y)) for a, b in combinations(names, 2) for x, y in product(factors[a], factors[b])}
+    missing = {
+        ((a, x), (b, y))
+        for a, b in combinations(names, 2)
+        for x, y in product(factors[a], factors[b])
+    }
     while missing:
-        drawn = [{name: random.choice(values) for name, values in factors.items()} for _ in range(200)]
+        drawn = [
+            {name: random.choice(values) for name, values in factors.items()} for _ in range(200)
+        ]
         best = max(drawn, key=lambda case: len(meetings(case) & missing))
         if meetings(best) & missing:
             missing -= meetings(best)
@@ -54,8 +68,12 @@ def pairs(seed=0, **factors):
 
 
 def cases(**factors):
-    return [pytest.param(case, id=" ".join(f"{name}={str(x).removeprefix('torch.')}" for name, x in case.items()))
-            for case in pairs(**factors)]
+    return [
+        pytest.param(
+            case, id=" ".join(f"{name}={str(x).removeprefix('torch.')}" for name, x in case.items())
+        )
+        for case in pairs(**factors)
+    ]
 
 
 def tensor(*shape, dtype=torch.float32, layout="plain"):
@@ -63,7 +81,11 @@ def tensor(*shape, dtype=torch.float32, layout="plain"):
     if layout == "gaps":
         return torch.randn(*shape[:-1], shape[-1] + 16, device=DEVICE).to(dtype)[..., 8:-8]
     if layout == "heads first" and len(shape) == 4:
-        return torch.randn(shape[0], shape[2], shape[1], shape[3], device=DEVICE).to(dtype).transpose(1, 2)
+        return (
+            torch.randn(shape[0], shape[2], shape[1], shape[3], device=DEVICE)
+            .to(dtype)
+            .transpose(1, 2)
+        )
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
@@ -71,8 +93,10 @@ def inputs(T, D, E=0, decay=False, dtype=torch.float32, BHG=(1, 2, 2), past=0, l
     """q, v, q_ctx, ctx and decay, leaves that want gradients, or None."""
     (B, H, G), S = BHG, T + past
     shapes = [(B, T, H, D), (B, S, G, D), *([(B, T, H, E), (B, S, E)] if E else [])]
-    made = [tensor(*shape, dtype=dtype, layout=layout) for shape in shapes] + [None] * (4 - len(shapes))
-    if layout == "one buffer":                                   # as the model's cache: rows [context ; v of G heads]
+    made = [tensor(*shape, dtype=dtype, layout=layout) for shape in shapes] + [None] * (
+        4 - len(shapes)
+    )
+    if layout == "one buffer":  # as the model's cache: rows [context ; v of G heads]
         row = tensor(B, S, E + G * D, dtype=dtype)
         made[1] = row[..., E:].unflatten(-1, (G, D))
         made[3] = row[..., :E] if E else None
@@ -83,7 +107,10 @@ def inputs(T, D, E=0, decay=False, dtype=torch.float32, BHG=(1, 2, 2), past=0, l
 def results(function, tensors, d_out):
     """What a function returns, and the gradients of its inputs."""
     out = function(*tensors)
-    return [out, *torch.autograd.grad(out, [x for x in tensors if x is not None], d_out.to(out.dtype))]
+    return [
+        out,
+        *torch.autograd.grad(out, [x for x in tensors if x is not None], d_out.to(out.dtype)),
+    ]
 
 
 def assert_close(found, expected, tolerance):
@@ -92,12 +119,17 @@ def assert_close(found, expected, tolerance):
     B, T = found[0].shape[:2]
     for x, y in zip(found, expected, strict=True):
         assert x.shape == y.shape and x.isfinite().all()
-        error = (x.double() - y).norm() / max(y.norm(), math.sqrt(y.numel() * (B * T if y.dim() == 1 else 0.01)))
+        error = (x.double() - y).norm() / max(
+            y.norm(), math.sqrt(y.numel() * (B * T if y.dim() == 1 else 0.01))
+        )
         assert error < tolerance, f"{tuple(x.shape)}: {error:.1e}"
 
 
 def double(tensors):
-    return [x if x is None or not x.is_floating_point() else x.detach().double().requires_grad_() for x in tensors]
+    return [
+        x if x is None or not x.is_floating_point() else x.detach().double().requires_grad_()
+        for x in tensors
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -132,10 +164,19 @@ def fresh(request):
 
 
 @runs
-@pytest.mark.parametrize("case", cases(
-    T=[1, 2, 17, 33, 46], D=[16, 32, 64, 128], E=[0, 16, 64], decay=[False, True], dtype=DTYPES,
-    BHG=[(1, 1, 1), (2, 2, 2), (1, 3, 1), (1, 4, 2)], past=[0, 1, 15, 34],
-    layout=["plain", "gaps", "heads first", "one buffer"]))
+@pytest.mark.parametrize(
+    "case",
+    cases(
+        T=[1, 2, 17, 33, 46],
+        D=[16, 32, 64, 128],
+        E=[0, 16, 64],
+        decay=[False, True],
+        dtype=DTYPES,
+        BHG=[(1, 1, 1), (2, 2, 2), (1, 3, 1), (1, 4, 2)],
+        past=[0, 1, 15, 34],
+        layout=["plain", "gaps", "heads first", "one buffer"],
+    ),
+)
 def test_output_and_all_gradients(case):
     tensors, d_out = inputs(**case), tensor(case["BHG"][0], case["T"], case["BHG"][1], case["D"])
     expected = results(qv_attention_plain, double(tensors), d_out)
@@ -149,14 +190,30 @@ def test_every_way_to_cut_the_scores(column, monkeypatch):
     """The tiles of 16-bit numbers, in float32, where a wrong index cannot pass for rounding."""
     tiles = {name: (columns[column],) for name, columns in kernel.TILES.items()}
     monkeypatch.setattr(kernel, "TILES", tiles)
-    tensors, d_out = inputs(T=141, D=16, E=16 * (column % 2), decay=True, past=9, BHG=(1, 2, 1)), tensor(1, 141, 2, 16)
-    assert_close(results(qv_attention, tensors, d_out), results(qv_attention_plain, double(tensors), d_out), 1e-5)
+    tensors, d_out = (
+        inputs(T=141, D=16, E=16 * (column % 2), decay=True, past=9, BHG=(1, 2, 1)),
+        tensor(1, 141, 2, 16),
+    )
+    assert_close(
+        results(qv_attention, tensors, d_out),
+        results(qv_attention_plain, double(tensors), d_out),
+        1e-5,
+    )
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU: in the interpreter this would take hours")
-@pytest.mark.parametrize("case", cases(
-    seed=1, T=[511, 1024, 4096], D=[16, 32, 64, 128], E=[0, 16, 32, 64, 128], decay=[False, True],
-    dtype=list(TOLERANCE), past=[0, 77]))
+@pytest.mark.parametrize(
+    "case",
+    cases(
+        seed=1,
+        T=[511, 1024, 4096],
+        D=[16, 32, 64, 128],
+        E=[0, 16, 32, 64, 128],
+        decay=[False, True],
+        dtype=list(TOLERANCE),
+        past=[0, 77],
+    ),
+)
 def test_long_sequences_on_a_gpu(case):
     tensors, d_out = inputs(**case), tensor(1, case["T"], 2, case["D"])
     expected = results(qv_attention_plain, double(tensors), d_out)
@@ -167,13 +224,18 @@ def test_long_sequences_on_a_gpu(case):
 def test_rows_may_lie_far_apart(tmp_path):
     """2^31 numbers from first to last: more than 32 bits can count, in a file that is nearly all hole."""
     size = 128 * 2**24 + 16
-    far = (torch.empty(size, dtype=torch.float16, device=DEVICE) if CUDA else
-           torch.from_file(str(tmp_path / "hole"), shared=True, size=size, dtype=torch.float16))
+    far = (
+        torch.empty(size, dtype=torch.float16, device=DEVICE)
+        if CUDA
+        else torch.from_file(str(tmp_path / "hole"), shared=True, size=size, dtype=torch.float16)
+    )
     far = far.as_strided((1, 129, 1, 16), (1, 2**24, 16, 1))
     near = far.copy_(tensor(1, 129, 1, 16)).clone()
     assert torch.equal(qv_attention(far, far), qv_attention(near, near))
-    assert torch.equal(qv_decode(near[:, :1], far, lengths=torch.tensor([129], device=DEVICE)),
-                       qv_decode(near[:, :1], near, lengths=torch.tensor([129], device=DEVICE)))
+    assert torch.equal(
+        qv_decode(near[:, :1], far, lengths=torch.tensor([129], device=DEVICE)),
+        qv_decode(near[:, :1], near, lengths=torch.tensor([129], device=DEVICE)),
+    )
 
 
 @runs
@@ -189,7 +251,9 @@ def test_the_future_does_not_matter():
     before = qv_attention(q, v, q_ctx, ctx, decay)
     v[:, 23:], ctx[:, 23:] = 1e4, -1e4
     after = qv_attention(q, v, q_ctx, ctx, decay)
-    assert torch.equal(before[:, :23], after[:, :23]) and not torch.equal(before[:, 23:], after[:, 23:])
+    assert torch.equal(before[:, :23], after[:, :23]) and not torch.equal(
+        before[:, 23:], after[:, 23:]
+    )
 
 
 @runs
@@ -198,8 +262,13 @@ def test_scores_of_any_size(size):
     q, v, *_ = inputs(T=19, D=16)
     q = (q.detach() * size).requires_grad_()
     d_out = tensor(1, 19, 2, 16)
-    found, expected = (results(f, x, d_out) for f, x in ((qv_attention, [q, v]), (qv_attention_plain, double([q, v]))))
-    assert_close(found[:1], expected[:1], 2e-3 if size > 1000 else 1e-5)       # scores of 10^4 keep three digits of exp
+    found, expected = (
+        results(f, x, d_out)
+        for f, x in ((qv_attention, [q, v]), (qv_attention_plain, double([q, v])))
+    )
+    assert_close(
+        found[:1], expected[:1], 2e-3 if size > 1000 else 1e-5
+    )  # scores of 10^4 keep three digits of exp
     assert all(x.isfinite().all() for x in found)
 
 
@@ -210,25 +279,42 @@ def test_an_operator_like_any_other():
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     for case in (tensors, [*tensors[:2], None, None, None]):
         torch.library.opcheck(kernel.attention_op, tuple(case), test_utils=checks)
-    (d_q,) = torch.autograd.grad(kernel.attention_op(*tensors)[0].sum(), tensors[0])             # and nothing for lse
+    (d_q,) = torch.autograd.grad(
+        kernel.attention_op(*tensors)[0].sum(), tensors[0]
+    )  # and nothing for lse
     assert d_q.isfinite().all()
     twice, d_out = lambda *x: 2 * qv_attention(*x), tensor(1, 20, 2, 16)
     compiled = torch.compile(twice, backend="aot_eager", fullgraph=True)
-    checkpointed = lambda *x: checkpoint(twice, *x, use_reentrant=False)             # recomputes outputs in backward
-    for x, *others in zip(*(results(function, tensors, d_out) for function in (twice, compiled, checkpointed))):
+    checkpointed = lambda *x: checkpoint(
+        twice, *x, use_reentrant=False
+    )  # recomputes outputs in backward
+    for x, *others in zip(
+        *(results(function, tensors, d_out) for function in (twice, compiled, checkpointed))
+    ):
         assert all(torch.equal(x, y) for y in others)
-    q, v, lengths = tensors[0][:, -1:].detach(), tensors[1].detach(), torch.tensor([20], device=DEVICE)
+    q, v, lengths = (
+        tensors[0][:, -1:].detach(),
+        tensors[1].detach(),
+        torch.tensor([20], device=DEVICE),
+    )
     step = torch.compile(qv_decode, backend="aot_eager", fullgraph=True)
     assert_close([step(q, v, lengths=lengths)], [qv_attention_plain(*double([q, v]))], 1e-5)
 
 
 @runs
-@pytest.mark.parametrize("function", [
-    qv_attention, lambda q, v: qv_decode(q[:, -1:], v, lengths=torch.full((1,), 5, device=q.device))])
+@pytest.mark.parametrize(
+    "function",
+    [
+        qv_attention,
+        lambda q, v: qv_decode(q[:, -1:], v, lengths=torch.full((1,), 5, device=q.device)),
+    ],
+)
 def test_other_lengths_take_no_other_graph(function):
     """torch.compile takes the first length for a constant, the second for a variable, and any other as that one."""
     torch.compiler.reset()
-    counter = importlib.import_module("torch._dynamo.testing").CompileCounter()      # imports triton: too early above
+    counter = importlib.import_module(
+        "torch._dynamo.testing"
+    ).CompileCounter()  # imports triton: too early above
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     for T in 5, 6, 7, 9, 12:
         q, v = tensor(1, T, 2, 16), tensor(1, T, 2, 16)
@@ -291,15 +377,24 @@ def decode_plain(q, v, q_ctx=None, ctx=None, decay=None, lengths=None):
     outs = []
     for b, n in enumerate(lengths.tolist()):
         context = (None, None) if ctx is None else (q_ctx[b, None], ctx[b, None, :n])
-        outs.append(qv_attention_plain(q[b, None], v[b, None, :n], *context, decay))                # (1, 1, H, D)
+        outs.append(qv_attention_plain(q[b, None], v[b, None, :n], *context, decay))  # (1, 1, H, D)
     return torch.cat(outs)
 
 
 @runs
-@pytest.mark.parametrize("case", cases(
-    lengths=[(1,), (64, 1), (90, 7, 130)], D=[16, 32, 64, 128], E=[0, 16, 64], decay=[False, True], dtype=DTYPES,
-    HG=[(1, 1), (6, 6), (6, 2), (16, 8), (20, 1)],
-    layout=["plain", "gaps", "heads first", "one buffer"], index=[torch.int32, torch.int64]))
+@pytest.mark.parametrize(
+    "case",
+    cases(
+        lengths=[(1,), (64, 1), (90, 7, 130)],
+        D=[16, 32, 64, 128],
+        E=[0, 16, 64],
+        decay=[False, True],
+        dtype=DTYPES,
+        HG=[(1, 1), (6, 6), (6, 2), (16, 8), (20, 1)],
+        layout=["plain", "gaps", "heads first", "one buffer"],
+        index=[torch.int32, torch.int64],
+    ),
+)
 def test_decoding(case):
     """Ragged sequences in a cache of 130 tokens, the rest of which is NaN; up to 20 heads that ask one value."""
     lengths = torch.tensor(case["lengths"], dtype=case["index"], device=DEVICE)
@@ -320,10 +415,16 @@ def test_decoding(case):
 @runs
 def test_decoding_with_more_parts_than_tokens():
     """Every number of parts, most of them empty, gives the same mean."""
-    q, v, lengths = tensor(2, 1, 2, 16), tensor(2, 400, 2, 16), torch.tensor([400, 17], device=DEVICE)
+    q, v, lengths = (
+        tensor(2, 1, 2, 16),
+        tensor(2, 400, 2, 16),
+        torch.tensor([400, 17], device=DEVICE),
+    )
     expected = decode_plain(*double([q, v]), lengths=lengths)
-    assert_close([qv_decode(q, v, lengths=lengths)], [expected], 1e-5)               # 6 parts in the interpreter
-    assert_close([qv_decode(q[1:], v[1:], lengths=lengths[1:])], [expected[1:]], 1e-5)             # 7 parts, 5 empty
+    assert_close([qv_decode(q, v, lengths=lengths)], [expected], 1e-5)  # 6 parts in the interpreter
+    assert_close(
+        [qv_decode(q[1:], v[1:], lengths=lengths[1:])], [expected[1:]], 1e-5
+    )  # 7 parts, 5 empty
 
 
 # The trial ------------------------------------------------------------------------------------------------------------
@@ -332,8 +433,15 @@ TRIAL = dict(T=17, H=2, G=1, D=16, E=16, decay=True, dtype=torch.float32, device
 
 
 @runs
-@pytest.mark.parametrize("changed", [
-    {}, dict(E=0, decay=False, G=2), dict(training=False, dtype=torch.float16), dict(T=1, H=1, G=1)])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        dict(E=0, decay=False, G=2),
+        dict(training=False, dtype=torch.float16),
+        dict(T=1, H=1, G=1),
+    ],
+)
 def test_the_trial_finds_nothing_wrong(changed):
     with mock.patch.object(kernel, "backward_op", wraps=kernel.backward_op) as backward:
         assert kernel.trial(**TRIAL | changed) is None
@@ -341,29 +449,57 @@ def test_the_trial_finds_nothing_wrong(changed):
 
 
 @runs
-@pytest.mark.parametrize("name,wrong,words", [
-    ("qv_attention", lambda *args, **inputs: 1.001 * qv_attention(*args, **inputs), "the output is off by 0.1%"),
-    ("qv_attention", lambda *args, **inputs: torch.nan * qv_attention(*args, **inputs), "the output is off by nan%"),
-    ("qv_attention", lambda q, v, **inputs: qv_attention(q, v.detach() + 0.9 * (v - v.detach()), **inputs),
-     "the gradient of v is off by 10.0%"),
-    ("qv_attention", lambda decay, **inputs: qv_attention(decay=decay.detach() + 0 * decay, **inputs),
-     "the gradient of decay is off by 100.0%"),
-    ("qv_decode", lambda *args, **inputs: 0.9 * qv_decode(*args, **inputs), "a decoded token is off by 10.0%"),
-])
+@pytest.mark.parametrize(
+    "name,wrong,words",
+    [
+        (
+            "qv_attention",
+            lambda *args, **inputs: 1.001 * qv_attention(*args, **inputs),
+            "the output is off by 0.1%",
+        ),
+        (
+            "qv_attention",
+            lambda *args, **inputs: torch.nan * qv_attention(*args, **inputs),
+            "the output is off by nan%",
+        ),
+        (
+            "qv_attention",
+            lambda q, v, **inputs: qv_attention(q, v.detach() + 0.9 * (v - v.detach()), **inputs),
+            "the gradient of v is off by 10.0%",
+        ),
+        (
+            "qv_attention",
+            lambda decay, **inputs: qv_attention(decay=decay.detach() + 0 * decay, **inputs),
+            "the gradient of decay is off by 100.0%",
+        ),
+        (
+            "qv_decode",
+            lambda *args, **inputs: 0.9 * qv_decode(*args, **inputs),
+            "a decoded token is off by 10.0%",
+        ),
+    ],
+)
 def test_the_trial_finds_wrong_numbers(name, wrong, words, monkeypatch):
     monkeypatch.setattr(kernel, name, wrong)
     version = kernel.triton.__version__
-    with pytest.raises(UserError, match=rf"computes wrong numbers with Triton {version} on .*{words}"):
+    with pytest.raises(
+        UserError, match=rf"computes wrong numbers with Triton {version} on .*{words}"
+    ):
         kernel.trial(**TRIAL)
 
 
 def failures():
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
-    return [OutOfResources(300000, 232448, "shared memory"), PTXASError("ptxas died"),
-            CompilationError("x = 1", None, "no such thing"),
-            RuntimeError("Triton Error [CUDA]: an illegal memory access"), FileNotFoundError(2, "No such file", "gcc"),
-            subprocess.CalledProcessError(1, ["gcc"])]
+
+    return [
+        OutOfResources(300000, 232448, "shared memory"),
+        PTXASError("ptxas died"),
+        CompilationError("x = 1", None, "no such thing"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access"),
+        FileNotFoundError(2, "No such file", "gcc"),
+        subprocess.CalledProcessError(1, ["gcc"]),
+    ]
 
 
 @runs
@@ -384,22 +520,41 @@ def test_other_gpus_are_refused(hip, capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "the card")
     x = mock.Mock(is_cuda=True)
-    with pytest.raises(UserError, match="needs an NVIDIA GPU of compute capability 8.0 .* and this is the card"):
+    with pytest.raises(
+        UserError, match="needs an NVIDIA GPU of compute capability 8.0 .* and this is the card"
+    ):
         kernel.launch(None, (1,), (x,))
 
 
 # In the model ---------------------------------------------------------------------------------------------------------
 
-USES = [("qv", "learned", 2), ("qv", "rope", 1), ("qv_ka", "sinusoidal", 2), ("qv_ka", "rope", 2), ("qv_ka", "agf", 1)]
+USES = [
+    ("qv", "learned", 2),
+    ("qv", "rope", 1),
+    ("qv_ka", "sinusoidal", 2),
+    ("qv_ka", "rope", 2),
+    ("qv_ka", "agf", 1),
+]
 
 
 def models(attention, pos, G=2, **options):
     """Two models with the same weights: by PyTorch, and by the kernel."""
-    config = GPTConfig(**dict(attention=attention, pos=pos, n_layer=1, n_head=2, n_kv_head=G, n_embd=32, d_ctx=32,
-                              block_size=30) | options)
+    config = GPTConfig(
+        **dict(
+            attention=attention,
+            pos=pos,
+            n_layer=1,
+            n_head=2,
+            n_kv_head=G,
+            n_embd=32,
+            d_ctx=32,
+            block_size=30,
+        )
+        | options
+    )
     plain, fused = GPT(config).to(DEVICE), GPT(config).to(DEVICE)
     fused.load_state_dict(plain.state_dict())
-    for block in fused.blocks:                                                       # as use_kernel does after a trial
+    for block in fused.blocks:  # as use_kernel does after a trial
         block.attention.kernel = kernel
     return plain, fused
 
@@ -430,15 +585,24 @@ def test_the_model_generates_the_same_by_either(attention, pos, G):
     plain, fused = (model.eval() for model in models(attention, pos, G))
     prompt = torch.randint(65, (2, 21), device=DEVICE)
     with mock.patch.object(kernel, "qv_decode", wraps=qv_decode) as used:
-        texts = [torch.cat([*model.generate(prompt, 13, temperature=0)], 1) for model in (plain, fused)]
+        texts = [
+            torch.cat([*model.generate(prompt, 13, temperature=0)], 1) for model in (plain, fused)
+        ]
     assert used.call_count > 10 and torch.equal(*texts)
     v = used.call_args.args[1]
-    assert v.size(1) < 30 and v.stride(0) == 30 * v.stride(1), "the cache's own buffer of 30 tokens, not a part's copy"
+    assert v.size(1) < 30 and v.stride(0) == 30 * v.stride(1), (
+        "the cache's own buffer of 30 tokens, not a part's copy"
+    )
     logits = []
     for model in plain, fused:
         cache = model.new_cache()
         with torch.no_grad():
-            logits.append([model(idx, cache=cache)[0] for idx in (prompt[:, :11], prompt[:, 11:20], prompt[:, 20:])])
+            logits.append(
+                [
+                    model(idx, cache=cache)[0]
+                    for idx in (prompt[:, :11], prompt[:, 11:20], prompt[:, 20:])
+                ]
+            )
     for theirs, ours in zip(*logits):
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
@@ -449,7 +613,10 @@ def test_the_compiled_model_takes_the_kernel_whole():
     eager, compiled = models("qv_ka", "agf")[1], models("qv_ka", "agf")[1]
     compiled.load_state_dict(eager.state_dict())
     x, y = torch.randint(65, (2, 2, 21), device=DEVICE)
-    losses = [model(x, y)[1] for model in (eager, torch.compile(compiled, fullgraph=True, backend="aot_eager"))]
+    losses = [
+        model(x, y)[1]
+        for model in (eager, torch.compile(compiled, fullgraph=True, backend="aot_eager"))
+    ]
     assert_learn_the_same(eager, compiled, losses)
 
 
@@ -462,34 +629,46 @@ def test_the_programs_take_the_kernel_and_say_so(folder, capsys):
         assert f"attention by {name}" in capsys.readouterr().out
         assert call("sample", *options, "--prompt=wall", "--max_new_tokens=9") is None
         assert f"attention by {name}" in capsys.readouterr().err
-    logs = [(folder / "out" / name / "log.jsonl").read_text().splitlines() for name in ("torch", "triton")]
+    logs = [
+        (folder / "out" / name / "log.jsonl").read_text().splitlines()
+        for name in ("torch", "triton")
+    ]
     logs = [[json.loads(line)["val_loss"] for line in lines] for lines in logs]
     assert logs[0] == pytest.approx(logs[1], rel=1e-5) and len(logs[0]) == 2
 
 
 @runs
-@pytest.mark.parametrize("flags,words", [
-    (["--attention=qkv"], "it is for qv and qv_ka"),
-    (["--dropout=0.1"], "has no dropout in training"),
-    (["--n_embd=16"], "should be (B, T, H, D) with D and E 16, 32, 64 or 128"),
-    (["--d_ctx=20"], "should be (B, T, H, E) with D and E 16, 32, 64 or 128"),
-])
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--attention=qkv"], "it is for qv and qv_ka"),
+        (["--dropout=0.1"], "has no dropout in training"),
+        (["--n_embd=16"], "should be (B, T, H, D) with D and E 16, 32, 64 or 128"),
+        (["--d_ctx=20"], "should be (B, T, H, E) with D and E 16, 32, 64 or 128"),
+    ],
+)
 def test_what_the_kernel_cannot_do_is_a_sentence(folder, flags, words):
     message = call("train", *TINY, "--n_embd=32", "--kernel=triton", *flags, f"--device={DEVICE}")
     assert words in message
 
 
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU: 200 steps in bfloat16, which the interpreter cannot multiply")
+@pytest.mark.skipif(
+    not CUDA,
+    reason="needs a CUDA GPU: 200 steps in bfloat16, which the interpreter cannot multiply",
+)
 @pytest.mark.parametrize("attention,pos", [("qv", "agf"), ("qv_ka", "rope")])
 def test_200_steps_of_training_follow_pytorch(attention, pos):
     """In bfloat16, from the same weights and batches; float32 in PyTorch says how far bfloat16 alone moves losses."""
     plain, fused = models(attention, pos, n_layer=4, n_head=4, n_embd=256, d_ctx=64, block_size=256)
     exact = models(attention, pos, n_layer=4, n_head=4, n_embd=256, d_ctx=64, block_size=256)[0]
     exact.load_state_dict(plain.state_dict())
-    text = torch.randint(65, (20_000,), device=DEVICE) // 2 * 2                      # something to learn: even tokens
+    text = torch.randint(65, (20_000,), device=DEVICE) // 2 * 2  # something to learn: even tokens
     losses = []
     for model, dtype in (exact, torch.float32), (plain, torch.bfloat16), (fused, torch.bfloat16):
-        optimizer, random = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.Generator().manual_seed(1)
+        optimizer, random = (
+            torch.optim.AdamW(model.parameters(), lr=1e-3),
+            torch.Generator().manual_seed(1),
+        )
         losses.append([])
         for _ in range(200):
             starts = torch.randint(len(text) - 257, (16,), generator=random).tolist()
@@ -503,7 +682,9 @@ def test_200_steps_of_training_follow_pytorch(attention, pos):
     exact, plain, fused = map(torch.tensor, losses)
     assert exact[-1] < exact[0] - 0.3
     noise = (plain - exact).abs().mean()
-    assert (fused - exact).abs().mean() < 2 * noise + 1e-4, f"{(fused - exact).abs().mean():.2e} against {noise:.2e}"
+    assert (fused - exact).abs().mean() < 2 * noise + 1e-4, (
+        f"{(fused - exact).abs().mean():.2e} against {noise:.2e}"
+    )
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -516,34 +697,49 @@ def change(name, function):
 
 
 @runs
-@pytest.mark.parametrize("wrong,words", [
-    (change("q", lambda x: x.double()), r"q\.dtype=torch\.float64 should be torch\.float32 or"),
-    (change("v", lambda x: x.half()), r"v\.dtype=torch\.float16 should be torch\.float32"),
-    (change("ctx", lambda x: x.half()), r"ctx\.dtype=torch\.float16 should be torch\.float32"),
-    (change("decay", lambda x: x.long()), r"decay\.dtype=torch\.int64 should be"),
-    (change("q", lambda x: x[0]), r"q\.shape=\(4, 4, 16\) should be \(B, T, H, D\)"),
-    (change("q", lambda x: x[..., :15]), r"q\.shape=.* D and E 16, 32, 64 or 128"),
-    (change("q", lambda x: x[:, :0]), r"q\.shape=\(2, 0, 4, 16\) .* others from 1 to 999,999"),
-    (change("v", lambda x: x[:1]), r"v\.shape=\(1, 6, 2, 16\) should be \(B, S, G, D\) .* B=2"),
-    (change("v", lambda x: x[:, :, :0]), r"v\.shape=\(2, 6, 0, 16\) .* others from 1"),
-    (change("v", lambda x: x.repeat(1, 1, 4, 1)), r"G=8 should be a divisor of H=4"),
-    (change("v", lambda x: x[:, :, [0, 0, 1]]), r"G=3 should be a divisor of H=4"),
-    (change("v", lambda x: x.repeat(1, 1, 1, 2)), r"v\.shape=.* D=16"),
-    (change("q_ctx", lambda x: x[:, :2]), r"q_ctx\.shape=.* T=4"),
-    (change("q_ctx", lambda x: x[..., :8]), r"q_ctx\.shape=.* E 16, 32"),
-    (change("ctx", lambda x: x[:, :5]), r"ctx\.shape=\(2, 5, 32\) .* S=6"),
-    (change("ctx", lambda x: x[..., :16]), r"ctx\.shape=.* E=32"),
-    (change("decay", lambda x: x[:2]), r"decay\.shape=\(2,\) should be \(H\) .* H=4"),
-    (change("q", lambda x: x.repeat_interleave(2, -1)[..., ::2]), r"q\.stride\(\)=.* should be 1 at the end"),
-    (change("ctx", lambda x: x.mT.contiguous().mT), r"ctx\.stride\(\)=.* should be 1 at the end"),
-    (change("ctx", lambda x: None), r"ctx=None should be a tensor; q_ctx and ctx go together"),
-    (change("q_ctx", lambda x: None), r"q_ctx=None should be a tensor; q_ctx and ctx go together"),
-    (change("v", lambda x: None), r"v=None should be a tensor"),
-    (change("decay", lambda x: 1.0), r"decay=1\.0 should be a tensor"),
-    (change("ctx", lambda x: x.to("meta")), r"ctx\.device=meta should be (cpu|cuda:0)"),
-    (lambda x: x | {"v": x["v"][:, :3], "ctx": x["ctx"][:, :3]}, r"S=3 should be at least T=4"),
-    (change("v", lambda x: x[:, :1].expand(-1, 10**6, -1, -1)), r"v\.shape=.* from 1 to 999,999"),
-])
+@pytest.mark.parametrize(
+    "wrong,words",
+    [
+        (change("q", lambda x: x.double()), r"q\.dtype=torch\.float64 should be torch\.float32 or"),
+        (change("v", lambda x: x.half()), r"v\.dtype=torch\.float16 should be torch\.float32"),
+        (change("ctx", lambda x: x.half()), r"ctx\.dtype=torch\.float16 should be torch\.float32"),
+        (change("decay", lambda x: x.long()), r"decay\.dtype=torch\.int64 should be"),
+        (change("q", lambda x: x[0]), r"q\.shape=\(4, 4, 16\) should be \(B, T, H, D\)"),
+        (change("q", lambda x: x[..., :15]), r"q\.shape=.* D and E 16, 32, 64 or 128"),
+        (change("q", lambda x: x[:, :0]), r"q\.shape=\(2, 0, 4, 16\) .* others from 1 to 999,999"),
+        (change("v", lambda x: x[:1]), r"v\.shape=\(1, 6, 2, 16\) should be \(B, S, G, D\) .* B=2"),
+        (change("v", lambda x: x[:, :, :0]), r"v\.shape=\(2, 6, 0, 16\) .* others from 1"),
+        (change("v", lambda x: x.repeat(1, 1, 4, 1)), r"G=8 should be a divisor of H=4"),
+        (change("v", lambda x: x[:, :, [0, 0, 1]]), r"G=3 should be a divisor of H=4"),
+        (change("v", lambda x: x.repeat(1, 1, 1, 2)), r"v\.shape=.* D=16"),
+        (change("q_ctx", lambda x: x[:, :2]), r"q_ctx\.shape=.* T=4"),
+        (change("q_ctx", lambda x: x[..., :8]), r"q_ctx\.shape=.* E 16, 32"),
+        (change("ctx", lambda x: x[:, :5]), r"ctx\.shape=\(2, 5, 32\) .* S=6"),
+        (change("ctx", lambda x: x[..., :16]), r"ctx\.shape=.* E=32"),
+        (change("decay", lambda x: x[:2]), r"decay\.shape=\(2,\) should be \(H\) .* H=4"),
+        (
+            change("q", lambda x: x.repeat_interleave(2, -1)[..., ::2]),
+            r"q\.stride\(\)=.* should be 1 at the end",
+        ),
+        (
+            change("ctx", lambda x: x.mT.contiguous().mT),
+            r"ctx\.stride\(\)=.* should be 1 at the end",
+        ),
+        (change("ctx", lambda x: None), r"ctx=None should be a tensor; q_ctx and ctx go together"),
+        (
+            change("q_ctx", lambda x: None),
+            r"q_ctx=None should be a tensor; q_ctx and ctx go together",
+        ),
+        (change("v", lambda x: None), r"v=None should be a tensor"),
+        (change("decay", lambda x: 1.0), r"decay=1\.0 should be a tensor"),
+        (change("ctx", lambda x: x.to("meta")), r"ctx\.device=meta should be (cpu|cuda:0)"),
+        (lambda x: x | {"v": x["v"][:, :3], "ctx": x["ctx"][:, :3]}, r"S=3 should be at least T=4"),
+        (
+            change("v", lambda x: x[:, :1].expand(-1, 10**6, -1, -1)),
+            r"v\.shape=.* from 1 to 999,999",
+        ),
+    ],
+)
 def test_what_is_wrong_is_named(wrong, words):
     good = {name: torch.zeros(shape, device=DEVICE) for name, shape in GOOD.items()}
     with pytest.raises(UserError, match=words):
@@ -551,18 +747,29 @@ def test_what_is_wrong_is_named(wrong, words):
 
 
 @runs
-@pytest.mark.parametrize("wrong,words", [
-    (change("lengths", lambda x: None), r"lengths=None should be a tensor"),
-    (change("lengths", lambda x: 3), r"lengths=3 should be a tensor"),
-    (change("lengths", lambda x: x.float()), r"lengths\.dtype=torch\.float32 should be torch\.int32 or torch\.int64"),
-    (change("lengths", lambda x: x[:1]), r"lengths\.shape=\(1,\) should be \(B\) .* B=2"),
-    (change("q", lambda x: x.repeat(1, 2, 1, 1)), r"q\.shape=\(2, 2, 4, 16\) should be \(B, T, H, D\) .* T=1"),
-    (change("ctx", lambda x: x[:, 1:]), r"ctx\.shape=\(2, 5, 32\) .* S=6"),
-    (change("ctx", lambda x: None), r"ctx=None should be a tensor; q_ctx and ctx go together"),
-])
+@pytest.mark.parametrize(
+    "wrong,words",
+    [
+        (change("lengths", lambda x: None), r"lengths=None should be a tensor"),
+        (change("lengths", lambda x: 3), r"lengths=3 should be a tensor"),
+        (
+            change("lengths", lambda x: x.float()),
+            r"lengths\.dtype=torch\.float32 should be torch\.int32 or torch\.int64",
+        ),
+        (change("lengths", lambda x: x[:1]), r"lengths\.shape=\(1,\) should be \(B\) .* B=2"),
+        (
+            change("q", lambda x: x.repeat(1, 2, 1, 1)),
+            r"q\.shape=\(2, 2, 4, 16\) should be \(B, T, H, D\) .* T=1",
+        ),
+        (change("ctx", lambda x: x[:, 1:]), r"ctx\.shape=\(2, 5, 32\) .* S=6"),
+        (change("ctx", lambda x: None), r"ctx=None should be a tensor; q_ctx and ctx go together"),
+    ],
+)
 def test_what_is_wrong_in_decoding_is_named(wrong, words):
     good = {name: torch.zeros(shape, device=DEVICE) for name, shape in GOOD.items()}
-    good |= dict(q=good["q"][:, :1], q_ctx=good["q_ctx"][:, :1], lengths=torch.tensor([3, 6], device=DEVICE))
+    good |= dict(
+        q=good["q"][:, :1], q_ctx=good["q_ctx"][:, :1], lengths=torch.tensor([3, 6], device=DEVICE)
+    )
     with pytest.raises(UserError, match=words):
         qv_decode(**wrong(good))
 
@@ -571,7 +778,9 @@ def test_what_is_wrong_in_decoding_is_named(wrong, words):
 @runs
 def test_bf16_cannot_be_interpreted():
     q = torch.zeros(1, 2, 1, 16, dtype=torch.bfloat16)
-    with pytest.raises(UserError, match=r"q\.dtype=torch\.bfloat16 should be float32 or float16 to be interpreted"):
+    with pytest.raises(
+        UserError, match=r"q\.dtype=torch\.bfloat16 should be float32 or float16 to be interpreted"
+    ):
         qv_attention(q, q)
 
 
@@ -622,8 +831,10 @@ def test_what_cannot_run_is_said(answer):
     """Importing works, calling does not, and nothing else steps in."""
     here, old, without = answer("refused").splitlines()
     assert CUDA or here.startswith("q.device=cpu should be a CUDA device")
-    assert old == ("the fused kernel needs the package triton, 3.4 or newer, and 3.2.0 is installed; "
-                   "model.py does without")
+    assert old == (
+        "the fused kernel needs the package triton, 3.4 or newer, and 3.2.0 is installed; "
+        "model.py does without"
+    )
     assert "and none is installed" in without
 
 
@@ -647,7 +858,9 @@ def test_every_kernel_compiles_and_fits(arch, report):
     assert len(rows) == 7 * 5 + 2 and len({row["kernel"] for row in rows}) == 5
     for row in rows:
         print(*(f"{name}={x}" for name, x in row.items()))
-        assert row["shared"] <= (99 if arch == 80 else 227) * 1024                # what a block gets on sm_86 and sm_90
+        assert (
+            row["shared"] <= (99 if arch == 80 else 227) * 1024
+        )  # what a block gets on sm_86 and sm_90
         assert row["spilled"] <= (0 if VERSION >= (3, 9) else 80) and row["registers"] > 0
 
 
@@ -660,7 +873,9 @@ def test_no_length_is_reason_to_compile_anew(report):
 @compiles
 def test_hopper_multiplies_by_wgmma(report):
     """At least one instruction for each product of tiles, in both loops of a kernel; and several go on at once."""
-    products = dict(forward_kernel=(2, 3), query_backward_kernel=(3, 5), token_backward_kernel=(4, 6))
+    products = dict(
+        forward_kernel=(2, 3), query_backward_kernel=(3, 5), token_backward_kernel=(4, 6)
+    )
     for row in report[0]:
         if row["arch"] == 90 and row["kernel"] in products:
             assert row["wgmma"] >= 2 * products[row["kernel"]][row["d_ctx"] > 0], row
@@ -674,15 +889,30 @@ def test_hopper_multiplies_by_wgmma(report):
 def small(monkeypatch):
     """benchmark.py at sizes that the interpreter can compute, with a clock that gives 1, 2, 3 .. milliseconds."""
     benchmark, ticks = importlib.import_module("benchmark"), itertools.count(1)
-    changed = dict(DEVICE=DEVICE, DTYPE=torch.float32, H=2, D=16, TOKENS=64, LENGTHS=(16, 64), WIDTHS=(0, 16),
-                   DECODE_H=4, DECODE_G=2, DECODE_E=16, BATCHES=(1, 2), CONTEXTS=(24, 70),
-                   qv_attention=qv_attention, qv_decode=qv_decode)
+    changed = dict(
+        DEVICE=DEVICE,
+        DTYPE=torch.float32,
+        H=2,
+        D=16,
+        TOKENS=64,
+        LENGTHS=(16, 64),
+        WIDTHS=(0, 16),
+        DECODE_H=4,
+        DECODE_G=2,
+        DECODE_E=16,
+        BATCHES=(1, 2),
+        CONTEXTS=(24, 70),
+        qv_attention=qv_attention,
+        qv_decode=qv_decode,
+    )
     for name, x in changed.items():
         monkeypatch.setattr(benchmark, name, x)
     monkeypatch.setattr(benchmark, "timed", lambda run: (run(), next(ticks))[1])
-    monkeypatch.setattr(benchmark, "peak_memory", lambda run: (run(), torch.cuda.memory_allocated() + 2**20)[1])
-    monkeypatch.setattr(benchmark, "flex_attention", lambda: flex)                   # not compiled, which takes time
-    monkeypatch.setattr(benchmark.gc, "collect", lambda *_: None)                       # likewise
+    monkeypatch.setattr(
+        benchmark, "peak_memory", lambda run: (run(), torch.cuda.memory_allocated() + 2**20)[1]
+    )
+    monkeypatch.setattr(benchmark, "flex_attention", lambda: flex)  # not compiled, which takes time
+    monkeypatch.setattr(benchmark.gc, "collect", lambda *_: None)  # likewise
     return benchmark
 
 
@@ -692,10 +922,19 @@ def flex(q, k, v, score_mod=None, block_mask=None):
     i = i[:, None]
     s = q @ k.mT / math.sqrt(q.size(-1))
     s = s if score_mod is None else score_mod(s, None, h[:, None, None], i, j)
-    s = s if block_mask is None else s.masked_fill(~block_mask.mask_mod(None, None, i, j), -math.inf)
-    out, flex_attention = s.softmax(-1) @ v, importlib.import_module("torch.nn.attention.flex_attention").flex_attention
+    s = (
+        s
+        if block_mask is None
+        else s.masked_fill(~block_mask.mask_mod(None, None, i, j), -math.inf)
+    )
+    out, flex_attention = (
+        s.softmax(-1) @ v,
+        importlib.import_module("torch.nn.attention.flex_attention").flex_attention,
+    )
     detached = [x.detach() for x in (q, k, v)]
-    return out + (flex_attention(*detached, score_mod=score_mod, block_mask=block_mask) - out).detach()
+    return (
+        out + (flex_attention(*detached, score_mod=score_mod, block_mask=block_mask) - out).detach()
+    )
 
 
 @runs
@@ -721,27 +960,39 @@ def test_everything_decodes_the_same(small):
     runs = small.attentions_to_decode(2, 70)
     expected, found = runs["flash_attention"].func(SDPBackend.MATH), []
     for name in (name for name in runs if not name.startswith("QV")):
-        with contextlib.suppress(RuntimeError):                                      # the CPU has not all of them
+        with contextlib.suppress(RuntimeError):  # the CPU has not all of them
             found.append(runs[name]().transpose(1, 2))
     assert found
     for x in found:
         assert_close([x], [expected.transpose(1, 2).double()], 1e-5)
-    assert runs["QV"]().shape == runs["QV-Ka"]().shape == runs["QV, shared"]().shape == (2, 1, 4, 16)
+    assert (
+        runs["QV"]().shape == runs["QV-Ka"]().shape == runs["QV, shared"]().shape == (2, 1, 4, 16)
+    )
 
 
 @runs
 def test_the_benchmark_from_end_to_end(small, capsys):
     """A line for each shape and contestant; every figure from the made-up clock. Rivals may break."""
+
     def broken():
         raise NotImplementedError("not today")
-    small.qv_attention, small.qv_decode = qv_attention_plain, decode_plain           # quicker than the interpreter
+
+    small.qv_attention, small.qv_decode = (
+        qv_attention_plain,
+        decode_plain,
+    )  # quicker than the interpreter
     small.flex_attention = broken
     small.benchmark(seconds=600)
     out = capsys.readouterr().out
     assert out.count("fused ") == out.count("sdpa ") == 2 * 2 * 2 and out.count("qkv ") == 2
     assert "flex: NotImplementedError: not today" in out
-    assert "T    16  d_ctx   0  decay no   fused    1.000 ms    0     2.000 ms    0             1 MiB" in out
-    assert re.search(r"^     2      70 +\d+\.\d +\d+% +\d+\.\d +\d+% +\d+\.\d +\d+% +\d+\.\d \(", out, re.M)
+    assert (
+        "T    16  d_ctx   0  decay no   fused    1.000 ms    0     2.000 ms    0             1 MiB"
+        in out
+    )
+    assert re.search(
+        r"^     2      70 +\d+\.\d +\d+% +\d+\.\d +\d+% +\d+\.\d +\d+% +\d+\.\d \(", out, re.M
+    )
     small.benchmark(seconds=-1)
     assert not re.search(r"\d ms", capsys.readouterr().out)
 
@@ -752,12 +1003,21 @@ def test_whole_models_are_measured_by_either_kernel(small, capsys, monkeypatch):
     monkeypatch.setattr(small, "SHAPES", {"small": (2, sizes)})
     monkeypatch.setattr(small, "clock", lambda run: (run(), 0.5)[1])
     monkeypatch.setattr(small, "peak_memory", lambda run: 2**20)
-    monkeypatch.setattr(small, "product", lambda *factors: [
-        ("small", "qv_ka", pos, name) for pos in ("rope", "agf") for name in ("torch", "triton")])
+    monkeypatch.setattr(
+        small,
+        "product",
+        lambda *factors: [
+            ("small", "qv_ka", pos, name) for pos in ("rope", "agf") for name in ("torch", "triton")
+        ],
+    )
     monkeypatch.setattr(small, "STEPS", 2)
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())            # float32 has none
+    monkeypatch.setattr(
+        torch, "autocast", lambda *_, **__: contextlib.nullcontext()
+    )  # float32 has none
     small.bench_models(600)
     assert capsys.readouterr().out.splitlines()[1:] == [
         f"small qv_ka     {pos:5} {name:6}       0.5     500.0       1.0       6.0"
-        for pos in ("rope", "agf") for name in ("torch", "triton")]
+        for pos in ("rope", "agf")
+        for name in ("torch", "triton")
+    ]

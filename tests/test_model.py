@@ -13,19 +13,24 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_py
-from model import ATTENTIONS, GPT, POSITIONS, QKV, QV, Cache, GPTConfig
+from model import ATTENTIONS, GPT, POSITIONS, QV, Cache, GPTConfig
 
 # Every attention, and with values, or keys and values, that heads share. A test's `attention` is one of these names.
 VARIANTS = {name: dict(attention=name) for name in ATTENTIONS} | {
     f"{name}/{G}": dict(attention=name, n_kv_head=G)
-    for name, G in (("gqa", 1), ("qv", 1), ("qv", 2), ("qv_ka", 1), ("qv_ka", 2))}
+    for name, G in (("gqa", 1), ("qv", 1), ("qv", 2), ("qv_ka", 1), ("qv_ka", 2))
+}
 CASES = pytest.mark.parametrize("attention,pos", list(product(VARIANTS, POSITIONS)))
-ONCE = pytest.mark.parametrize("attention,pos", list(zip(VARIANTS, 3 * POSITIONS)))    # each somewhere, for slow tests
+ONCE = pytest.mark.parametrize(
+    "attention,pos", list(zip(VARIANTS, 3 * POSITIONS))
+)  # each somewhere, for slow tests
 SMALL = dict(block_size=24, vocab_size=31, n_layer=2, n_head=4, n_embd=32)
 
 
 def config(variant, pos, **changes):
-    return GPTConfig(pos=pos, **{**SMALL, **VARIANTS.get(variant, dict(attention=variant)), **changes})
+    return GPTConfig(
+        pos=pos, **{**SMALL, **VARIANTS.get(variant, dict(attention=variant)), **changes}
+    )
 
 
 def small(attention, pos, **changes):
@@ -46,7 +51,9 @@ def logits(model, idx):
 def cached_logits(model, idx, chunks):
     """The same, reading idx in chunks of these sizes into a cache."""
     cache = model.new_cache()
-    return torch.cat([model(part, part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1)
+    return torch.cat(
+        [model(part, part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1
+    )
 
 
 # What it computes -----------------------------------------------------------------------------------------------------
@@ -67,10 +74,14 @@ def textbook(attention, x, pos):
     if name not in ("QKV", "MLA", "QV", "QVKa"):
         pytest.skip(f"no formula for {name} here; write one")
     H, D = a.n_head, a.d_head
-    distance = (torch.arange(T) - torch.arange(T)[:, None]).double()                  # (T, T): j - i
-    arrives = lambda m: turned(m.expand(T, *m.shape), distance[..., None]) if pos == "rope" else m.expand(T, *m.shape)
+    distance = (torch.arange(T) - torch.arange(T)[:, None]).double()  # (T, T): j - i
+    arrives = lambda m: (
+        turned(m.expand(T, *m.shape), distance[..., None])
+        if pos == "rope"
+        else m.expand(T, *m.shape)
+    )
     every_head = lambda m: m.repeat_interleave(H // m.size(-2), dim=-2)
-    q = (x @ a.q.weight.T).unflatten(-1, (H, -1))                                     # (i, h, d); k and v: (i, j, h, d)
+    q = (x @ a.q.weight.T).unflatten(-1, (H, -1))  # (i, h, d); k and v: (i, j, h, d)
     if name == "MLA":
         L, R = a.widths
         c, r = (x @ a.down.weight.T).split([L, R], dim=-1)
@@ -78,14 +89,21 @@ def textbook(attention, x, pos):
         k, v = (torch.einsum("jl,hld->jhd", c, up).expand(T, -1, -1, -1) for up in (a.up_k, a.up_v))
         k = torch.cat([k, every_head(arrives(r[:, None]))], dim=-1)
     else:
-        v = (x @ a.v.weight.T).unflatten(-1, (-1, D))                                 # (j, g, d)
+        v = (x @ a.v.weight.T).unflatten(-1, (-1, D))  # (j, g, d)
         if name == "QKV":
-            k, v = every_head(arrives((x @ a.k.weight.T).unflatten(-1, (-1, D)))), every_head(v.expand(T, -1, -1, -1))
+            k, v = (
+                every_head(arrives((x @ a.k.weight.T).unflatten(-1, (-1, D)))),
+                every_head(v.expand(T, -1, -1, -1)),
+            )
         else:
             k = v = every_head(arrives(v))
-        if name == "QVKa":                                                            # K = [G ; V] W_K
-            g = arrives((x @ a.ctx.weight.T).unflatten(-1, (-1, D)) if pos == "rope" else (x @ a.ctx.weight.T)[:, None])
-            g = every_head(g.flatten(2)[:, :, None])                                  # under rope, pieces of head width
+        if name == "QVKa":  # K = [G ; V] W_K
+            g = arrives(
+                (x @ a.ctx.weight.T).unflatten(-1, (-1, D))
+                if pos == "rope"
+                else (x @ a.ctx.weight.T)[:, None]
+            )
+            g = every_head(g.flatten(2)[:, :, None])  # under rope, pieces of head width
             k = torch.einsum("ijhe,hed->ijhd", torch.cat([g, v], dim=-1), a.w_k.expand(H, -1, -1))
     weight = (torch.einsum("ihd,ijhd->hij", q, k) / math.sqrt(q.size(-1))).exp()
     if pos == "agf":
@@ -99,7 +117,7 @@ def textbook(attention, x, pos):
 def test_attention_is_the_textbooks(attention, pos):
     module = small(attention, pos).blocks[0].attention
     x = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(2)).double()
-    tolerance = 1e-6 if pos in ("rope", "agf") else 1e-10         # their tables are kept in float32
+    tolerance = 1e-6 if pos in ("rope", "agf") else 1e-10  # their tables are kept in float32
     expected = torch.stack([textbook(module, row, pos) for row in x])
     torch.testing.assert_close(module(x), expected, rtol=tolerance, atol=tolerance)
 
@@ -109,7 +127,9 @@ def test_cached_is_full(attention, pos):
     """However the tokens come: one by one, in ragged chunks, or a prompt and one more."""
     model, idx = small(attention, pos), tokens(3, 24)
     for chunks in [1] * 24, [7, 1, 1, 9, 2, 4], [23, 1]:
-        torch.testing.assert_close(cached_logits(model, idx, chunks), logits(model, idx), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            cached_logits(model, idx, chunks), logits(model, idx), rtol=1e-10, atol=1e-12
+        )
 
 
 @CASES
@@ -136,7 +156,9 @@ def test_gradient_reaches_every_parameter(attention, pos):
 def same_functions(one, other, idx=None):
     idx = tokens(2, 24) if idx is None else idx
     torch.testing.assert_close(logits(one, idx), logits(other, idx), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(cached_logits(one, idx, [5, 1, 18]), logits(other, idx), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        cached_logits(one, idx, [5, 1, 18]), logits(other, idx), rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("pos", POSITIONS)
@@ -146,7 +168,7 @@ def test_gqa_with_a_group_a_head_is_qkv(pos):
     same_functions(qkv, gqa)
 
 
-@pytest.mark.parametrize("pos", ["learned", "sinusoidal", "agf"])                    # rope rotates no values of QKV
+@pytest.mark.parametrize("pos", ["learned", "sinusoidal", "agf"])  # rope rotates no values of QKV
 @pytest.mark.parametrize("G", [1, 2, 4])
 def test_qv_is_gqa_whose_key_is_its_value(pos, G):
     gqa, qv = small("gqa", pos, n_kv_head=G), small("qv", pos, n_kv_head=G)
@@ -154,7 +176,9 @@ def test_qv_is_gqa_whose_key_is_its_value(pos, G):
     for name in [name for name in state if name.endswith("attention.k.weight")]:
         state[name] = state[name.replace(".k.", ".v.")]
     gqa.load_state_dict(state)
-    qv.load_state_dict({name: value for name, value in state.items() if not name.endswith("attention.k.weight")})
+    qv.load_state_dict(
+        {name: value for name, value in state.items() if not name.endswith("attention.k.weight")}
+    )
     same_functions(gqa, qv)
 
 
@@ -164,7 +188,9 @@ def test_qv_ka_that_ignores_the_context_is_qv(pos, G):
     qv, qv_ka = small("qv", pos, n_kv_head=G), small("qv_ka", pos, n_kv_head=G)
     qv_ka.load_state_dict(qv.state_dict(), strict=False)
     for block in qv_ka.blocks:
-        block.attention.w_k.data = torch.cat([torch.zeros(16, 8), torch.eye(8)]).double().expand(4, -1, -1).clone()
+        block.attention.w_k.data = (
+            torch.cat([torch.zeros(16, 8), torch.eye(8)]).double().expand(4, -1, -1).clone()
+        )
     same_functions(qv, qv_ka)
 
 
@@ -173,8 +199,10 @@ def test_qv_ka_that_ignores_the_context_is_qv(pos, G):
 def test_shared_values_are_equal_values(attention, pos):
     """G values that serve H / G heads each are H values of which some are equal."""
     shared, full = small(attention, pos, n_kv_head=2), small(attention, pos)
-    state = {name: w.unflatten(0, (2, 1, 8)).expand(-1, 2, -1, -1).flatten(0, 2) if ".v." in name else w
-             for name, w in shared.state_dict().items()}
+    state = {
+        name: w.unflatten(0, (2, 1, 8)).expand(-1, 2, -1, -1).flatten(0, 2) if ".v." in name else w
+        for name, w in shared.state_dict().items()
+    }
     full.load_state_dict(state)
     same_functions(shared, full)
 
@@ -182,7 +210,10 @@ def test_shared_values_are_equal_values(attention, pos):
 @pytest.mark.parametrize("pos", POSITIONS)
 def test_shared_wk_is_every_heads_wk(pos):
     shared, per_head = small("qv_ka", pos, shared_wk=True), small("qv_ka", pos)
-    state = {name: w.expand(4, -1, -1) if name.endswith("w_k") else w for name, w in shared.state_dict().items()}
+    state = {
+        name: w.expand(4, -1, -1) if name.endswith("w_k") else w
+        for name, w in shared.state_dict().items()
+    }
     per_head.load_state_dict(state)
     same_functions(shared, per_head)
 
@@ -191,7 +222,9 @@ def test_shared_wk_is_every_heads_wk(pos):
 @pytest.mark.parametrize("attention", ["gqa", "mla", "qv_ka"])
 def test_other_widths(attention, pos):
     d_ctx = 48 if pos == "rope" else 10
-    model = small(attention, pos, n_kv_head=1, d_latent=5, d_rope=6, d_ctx=d_ctx, n_inner=17, n_head=2)
+    model = small(
+        attention, pos, n_kv_head=1, d_latent=5, d_rope=6, d_ctx=d_ctx, n_inner=17, n_head=2
+    )
     same_functions(model, model)
 
 
@@ -206,10 +239,18 @@ def table(text):
 
 def numbers(formula, config):
     """The value of such a column: terms with + between, factors with blanks."""
-    values = dict(H=config.n_head, G=config.n_kv_head, D=config.n_embd // config.n_head, d_ctx=config.d_ctx,
-                  d_latent=config.d_latent, d_rope=config.d_rope if config.pos == "rope" else 0)
+    values = dict(
+        H=config.n_head,
+        G=config.n_kv_head,
+        D=config.n_embd // config.n_head,
+        d_ctx=config.d_ctx,
+        d_latent=config.d_latent,
+        d_rope=config.d_rope if config.pos == "rope" else 0,
+    )
     terms = re.sub(r"[()]|under rope", "", formula).split("+")
-    return sum(math.prod(values[x] if x in values else int(x) for x in term.split()) for term in terms)
+    return sum(
+        math.prod(values[x] if x in values else int(x) for x in term.split()) for term in terms
+    )
 
 
 @CASES
@@ -221,7 +262,7 @@ def test_cache_takes_what_the_tables_say(attention, pos):
     model(tokens(2, 1), cache=cache)
     assert [layer.length for layer in cache] == [8, 8]
     nbytes = sum(buffer.nbytes for layer in cache for buffer in layer.buffers)
-    per_token = nbytes / (2 * 2 * 24 * 4)                                             # sequences, layers, tokens, bytes
+    per_token = nbytes / (2 * 2 * 24 * 4)  # sequences, layers, tokens, bytes
     assert model.cache_bytes() == (2 * 24 * 4 * per_token, 2 * 4 * per_token)
     if attention.split("/")[0] not in table(model_py.__doc__):
         pytest.skip(f"the tables do not list {attention}; add it")
@@ -252,7 +293,7 @@ def test_generation_needs_no_cache_and_knows_no_end(attention, pos):
     new = generated(model, idx, 60)
     assert new.shape == (2, 60)
     assert torch.equal(new, generated(model, idx, 60, use_cache=False))
-    window, draws = idx, []                                       # the stated policy, spelt out
+    window, draws = idx, []  # the stated policy, spelt out
     torch.manual_seed(3)
     for token in new.T[:, :, None]:
         window = window[:, -12:] if window.size(1) > 24 else window
@@ -294,7 +335,10 @@ def test_bfloat16_is_near_float32(attention, pos):
     with torch.no_grad():
         exact, cache = module(x), Cache(200)
         with torch.autocast("cpu", torch.bfloat16):
-            found = module(x), torch.cat([module(x[:, :199], 0, cache), module(x[:, 199:], 199, cache)], dim=1)
+            found = (
+                module(x),
+                torch.cat([module(x[:, :199], 0, cache), module(x[:, 199:], 199, cache)], dim=1),
+            )
     for y in found:
         assert (y - exact).norm() < 0.012 * exact.norm()
         assert (y - exact)[:, -1].norm() < 0.012 * exact[:, -1].norm()
@@ -310,11 +354,13 @@ def test_bfloat16_does_not_round_the_decay(attention, T):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         memory = module.write(torch.randn(1, 40, 32), 0)
         q = module.query(torch.randn(1, T, 32), 40 - T)
-        folded = attention == "mla" and T == 1                                       # its memory is key and value
+        folded = attention == "mla" and T == 1  # its memory is key and value
         q, k, v, *score = (q, *memory, *memory) if folded else module.read(q, memory)
         identity = torch.eye(40).type_as(v)[None, :, None].expand(-1, -1, v.size(2), -1)
-        weights = module.attend(q, k, identity, *score).double()                     # (1, T, H, 40)
-    power = (1 + (torch.arange(40 - T, 40)[:, None] - torch.arange(40))).clamp(min=0).double() ** -16.0
+        weights = module.attend(q, k, identity, *score).double()  # (1, T, H, 40)
+    power = (1 + (torch.arange(40 - T, 40)[:, None] - torch.arange(40))).clamp(
+        min=0
+    ).double() ** -16.0
     power = power.masked_fill(power.isinf(), 0)
     expected = (power / power.sum(-1, keepdim=True))[:, None].expand(T, 4, 40)
     torch.testing.assert_close(weights[0], expected, rtol=0.01, atol=1e-30)
@@ -325,7 +371,9 @@ def test_bfloat16_does_not_round_the_contexts_score():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         memory, q = module.write(torch.randn(2, 20, 32), 0), module.query(torch.randn(2, 1, 32), 19)
         *_, score = module.read(q, memory)
-    q_ctx = module.scale * q[:, 0, :, : module.d_ctx]             # in bfloat16: the scale is rarely a power of 2
+    q_ctx = (
+        module.scale * q[:, 0, :, : module.d_ctx]
+    )  # in bfloat16: the scale is rarely a power of 2
     expected = torch.einsum("bhe,bse->bhs", q_ctx.double(), memory[1].double())[:, :, None]
     assert q.dtype == memory[1].dtype == torch.bfloat16 and score.dtype == torch.float32
     torch.testing.assert_close(score.double(), expected, rtol=1e-5, atol=1e-6)
@@ -335,7 +383,10 @@ def test_bfloat16_does_not_round_the_contexts_score():
 def test_one_graph_for_all_lengths(attention):
     """torch.compile takes the first length for a constant, the second for a variable, and any other as that one."""
     torch.compiler.reset()
-    from torch._dynamo.testing import CompileCounter              # imports triton, which test_kernel.py has to do first
+    from torch._dynamo.testing import (
+        CompileCounter,
+    )  # imports triton, which test_kernel.py has to do first
+
     model, counter = small(attention, "learned"), CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for T in 5, 6, 7, 9, 12:
@@ -347,13 +398,17 @@ def test_temperature_and_top_k():
     model, idx = small("qv_ka", "rope"), tokens(4, 5)
     likeliest = model(idx)[0][:, -1].argmax(-1, keepdim=True)
     assert torch.equal(generated(model, idx, 1, temperature=0), likeliest)
-    assert all(torch.equal(generated(model, idx, 1, temperature=low), likeliest) for low in (1e-45, 1e-300))
+    assert all(
+        torch.equal(generated(model, idx, 1, temperature=low), likeliest) for low in (1e-45, 1e-300)
+    )
     assert torch.equal(generated(model, idx, 1, top_k=1), likeliest)
     top = model(idx)[0][:, -1].topk(3).indices
     draws = [generated(model, idx, 1, top_k=3, temperature=5.0)]
     draws = torch.cat(draws + [next(model.generate(idx, 1, 5.0, 3)) for _ in range(60)], 1)
     for row, allowed in zip(draws, top):
-        assert set(row.tolist()) == set(allowed.tolist()), "in 60 draws, all of the three likeliest and nothing else"
+        assert set(row.tolist()) == set(allowed.tolist()), (
+            "in 60 draws, all of the three likeliest and nothing else"
+        )
 
 
 def test_context_of_one_token():
@@ -403,7 +458,9 @@ def test_a_vector_that_nobody_gave_values_is_refused():
             self.gain = torch.nn.Parameter(torch.empty(config.n_head))
 
     with mock.patch.dict(ATTENTIONS, forgetful=Forgetful):
-        with pytest.raises(ValueError, match=r"blocks\.0\.attention\.gain has no values: only matrices are drawn"):
+        with pytest.raises(
+            ValueError, match=r"blocks\.0\.attention\.gain has no values: only matrices are drawn"
+        ):
             small("forgetful", "agf")
 
 
@@ -412,7 +469,9 @@ def test_keys_made_in_two_steps_start_as_large_as_in_one():
     x = torch.randn(1, 64, 128)
     scale = {}
     for name in ATTENTIONS:
-        config = GPTConfig(attention=name, pos="learned", block_size=64, n_layer=1, n_head=4, n_embd=128)
+        config = GPTConfig(
+            attention=name, pos="learned", block_size=64, n_layer=1, n_head=4, n_embd=128
+        )
         module = GPT(config).blocks[0].attention
         scale[name] = module.read(module.query(x, 0), module.write(x, 0))[1].std().item()
     assert all(0.9 < value / scale["qkv"] < 1.1 for value in scale.values()), scale
@@ -421,18 +480,30 @@ def test_keys_made_in_two_steps_start_as_large_as_in_one():
 # Configuration --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong,words", [
-    (dict(attention="qkw"), "attention='qkw' is unknown; choose one of qkv, gqa, mla, qv, qv_ka"),
-    (dict(pos="alibi"), "pos='alibi' is unknown; choose one of learned, sinusoidal, rope, agf"),
-    (dict(n_layer=0), "n_layer=0 must be at least 1"),
-    (dict(n_embd=50), "n_embd=50 must be a multiple of n_head=4, for example 52"),
-    (dict(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\), for example 0.1"),
-    (dict(attention="gqa", n_kv_head=3), "n_kv_head=3 must divide n_head=4, for example 2"),
-    (dict(pos="rope", n_embd=36), "n_embd=36 gives heads of odd width 9, but rope turns pairs; take 40"),
-    (dict(pos="rope", d_rope=5), "d_rope=5 must be even under rope, for example 4"),
-    (dict(pos="rope", d_ctx=12), "d_ctx=12 must be a multiple of the head width 8 under rope, such as 16"),
-    (dict(d_latent=0), "d_latent=0 must be at least 1, for example 32"),
-])
+@pytest.mark.parametrize(
+    "wrong,words",
+    [
+        (
+            dict(attention="qkw"),
+            "attention='qkw' is unknown; choose one of qkv, gqa, mla, qv, qv_ka",
+        ),
+        (dict(pos="alibi"), "pos='alibi' is unknown; choose one of learned, sinusoidal, rope, agf"),
+        (dict(n_layer=0), "n_layer=0 must be at least 1"),
+        (dict(n_embd=50), "n_embd=50 must be a multiple of n_head=4, for example 52"),
+        (dict(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\), for example 0.1"),
+        (dict(attention="gqa", n_kv_head=3), "n_kv_head=3 must divide n_head=4, for example 2"),
+        (
+            dict(pos="rope", n_embd=36),
+            "n_embd=36 gives heads of odd width 9, but rope turns pairs; take 40",
+        ),
+        (dict(pos="rope", d_rope=5), "d_rope=5 must be even under rope, for example 4"),
+        (
+            dict(pos="rope", d_ctx=12),
+            "d_ctx=12 must be a multiple of the head width 8 under rope, such as 16",
+        ),
+        (dict(d_latent=0), "d_latent=0 must be at least 1, for example 32"),
+    ],
+)
 def test_a_wrong_configuration_gets_a_sentence(wrong, words):
     with pytest.raises(ValueError, match=words):
         GPTConfig(**{**SMALL, **wrong})
@@ -443,11 +514,15 @@ def test_a_wrong_configuration_gets_a_sentence(wrong, words):
 
 def readmes_python():
     """The README's attention of one's own."""
-    return re.search(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S)[1]
+    return re.search(
+        r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S
+    )[1]
 
 
 def test_a_flag_of_ones_own(monkeypatch):
-    code = readmes_python().replace("torch.empty(self", "torch.empty(1 if config.shared_route else self")
+    code = readmes_python().replace(
+        "torch.empty(self", "torch.empty(1 if config.shared_route else self"
+    )
     field = '    shared_route: bool = option(False, "one route for all", only=dict(attention=("keyless",)))\n'
     source, end = Path(model_py.__file__).read_text() + "\n\n" + code, "\n    def __post_init__"
     assert source.count(end) == 1
@@ -468,7 +543,9 @@ def test_the_readmes_own_attention():
             keyless, qv = small("keyless", pos), small("qv", pos)
             same_functions(keyless, keyless)
             state = keyless.state_dict()
-            for name in [name for name in state if name.endswith("route")]:           # the routing belongs to W_Q
+            for name in [
+                name for name in state if name.endswith("route")
+            ]:  # the routing belongs to W_Q
                 wq = name.replace("route", "q.weight")
                 state[wq] = (state.pop(name) @ state[wq].unflatten(0, (4, 8))).flatten(0, 1)
             qv.load_state_dict(state)

@@ -20,39 +20,46 @@ import prepare
 
 
 def test_a_prepared_text_comes_back(folder):
-    meta, splits = prepare.load("tiny")
+    meta, splits = prepare.read_dataset("tiny")
     tokenizer = prepare.tokenizer_from(meta["tokenizer"])
     assert b"".join(tokenizer.decode(splits[name]) for name in ("train", "val")).decode() == TEXT
     assert len(splits["train"]) == int(0.9 * len(TEXT)) == meta["tokens"]["train"]
     assert splits["train"].dtype == np.uint16 and meta["source"] == str(Path("tiny.txt").resolve())
-    assert meta["sha256"] == {name: hashlib.sha256(ids.tobytes()).hexdigest() for name, ids in splits.items()}
+    assert meta["sha256"] == {
+        name: hashlib.sha256(ids.tobytes()).hexdigest() for name, ids in splits.items()
+    }
     assert [path.name for path in Path("data").iterdir()] == ["tiny"], "no temporary folder is left"
 
 
 def test_gpt2_tokens_come_back(folder, gpt2):
     Path("mixed.txt").write_text("Ein Hündchen, 一只小狗, a puppy. " * 20, encoding="utf-8")
     assert call("prepare", "mixed.txt", "--tokenizer=gpt2") is None
-    meta, splits = prepare.load("mixed")
+    meta, splits = prepare.read_dataset("mixed")
     text = b"".join(gpt2.decode(splits[name].tolist()) for name in ("train", "val")).decode()
-    assert text == Path("mixed.txt").read_text(encoding="utf-8") and meta["tokenizer"] == {"kind": "gpt2"}
+    assert text == Path("mixed.txt").read_text(encoding="utf-8") and meta["tokenizer"] == {
+        "kind": "gpt2"
+    }
     assert gpt2.decode([50300]) == b"", "an id that only rounds the vocabulary up"
 
 
 def test_a_mark_before_the_text_is_no_part_of_it(folder):
     Path("dogs.txt").write_bytes(("\ufeff" + "小狗\r\n" * 20).encode())
     assert call("prepare", "dogs.txt") is None
-    assert prepare.load("dogs")[0]["tokenizer"]["chars"] == "\n\r小狗"
+    assert prepare.read_dataset("dogs")[0]["tokenizer"]["chars"] == "\n\r小狗"
 
 
 def test_pydoc_needs_no_network(folder):
     assert call("prepare", "pydoc") is None
-    meta, splits = prepare.load("pydoc")
-    assert len(splits["train"]) > 300_000 and meta["source"].startswith("pydoc_data.topics of Python")
+    meta, splits = prepare.read_dataset("pydoc")
+    assert len(splits["train"]) > 300_000 and meta["source"].startswith(
+        "pydoc_data.topics of Python"
+    )
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serves the test's folder, in the place of the site that has tiny Shakespeare."""
+
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
             super().__init__(*args, directory=str(tmp_path))
@@ -62,7 +69,9 @@ def server(tmp_path, monkeypatch):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-        monkeypatch.setattr(prepare, "SHAKESPEARE_URL", f"http://127.0.0.1:{httpd.server_address[1]}/tiny.txt")
+        monkeypatch.setattr(
+            prepare, "SHAKESPEARE_URL", f"http://127.0.0.1:{httpd.server_address[1]}/tiny.txt"
+        )
         yield
         httpd.shutdown()
 
@@ -72,7 +81,11 @@ def test_shakespeare_is_downloaded_and_checked(folder, server, monkeypatch):
     assert not Path("data/shakespeare_char").exists()
     monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
     assert call("prepare", "shakespeare_char") is None
-    assert {path.name for path in Path("data/shakespeare_char").iterdir()} == {"train.bin", "val.bin", "meta.json"}
+    assert {path.name for path in Path("data/shakespeare_char").iterdir()} == {
+        "train.bin",
+        "val.bin",
+        "meta.json",
+    }
     monkeypatch.setattr(prepare, "SHAKESPEARE_URL", "http://127.0.0.1:9/")
     shutil.copy("tiny.txt", "data/shakespeare_char/input.txt")
     assert call("prepare", "shakespeare_char") is None, "from input.txt, without the network"
@@ -85,12 +98,18 @@ def test_real_shakespeare(folder):
     Path("data/shakespeare_char").mkdir()
     shutil.copy(source, "data/shakespeare_char/input.txt")
     assert call("prepare", "shakespeare_char") is None
-    meta, splits = prepare.load("shakespeare_char")
-    assert (len(splits["train"]), len(splits["val"]), len(meta["tokenizer"]["chars"])) == (1_003_854, 111_540, 65)
+    meta, splits = prepare.read_dataset("shakespeare_char")
+    assert (len(splits["train"]), len(splits["val"]), len(meta["tokenizer"]["chars"])) == (
+        1_003_854,
+        111_540,
+        65,
+    )
 
 
 def test_openwebtext_streams_from_parquet(folder, gpt2, monkeypatch):
-    pytest.importorskip("datasets", reason="openwebtext needs the package datasets, which is not installed")
+    pytest.importorskip(
+        "datasets", reason="openwebtext needs the package datasets, which is not installed"
+    )
     import pyarrow
     import pyarrow.parquet
 
@@ -98,7 +117,7 @@ def test_openwebtext_streams_from_parquet(folder, gpt2, monkeypatch):
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "web.parquet")
     monkeypatch.setattr(prepare, "OPENWEBTEXT", dict(path="parquet", data_files="web.parquet"))
     assert call("prepare", "openwebtext") is None
-    _, splits = prepare.load("openwebtext")
+    _, splits = prepare.read_dataset("openwebtext")
     documents = gpt2.decode(splits["val"].tolist()).decode().split("<|endoftext|>")
     assert documents == [texts[0], texts[2000], ""]
     assert gpt2.decode(splits["train"].tolist()).decode().count("<|endoftext|>") == 2498
@@ -115,13 +134,21 @@ def test_openwebtext_streams_from_parquet(folder, gpt2, monkeypatch):
 def test_openwebtext_in_bounded_memory(folder, gpt2, monkeypatch):
     """A source without an end: only what is asked for is read, and it ends on the token."""
     seen = itertools.count()
-    endless = types.SimpleNamespace(iter=lambda size: ({"text": [f"Document {next(seen)}." for _ in range(size)]}
-                                                       for _ in itertools.count()))
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda **options: endless))
+    endless = types.SimpleNamespace(
+        iter=lambda size: (
+            {"text": [f"Document {next(seen)}." for _ in range(size)]} for _ in itertools.count()
+        )
+    )
+    monkeypatch.setitem(
+        sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda **options: endless)
+    )
     assert call("prepare", "openwebtext", "--tokens=2e4") is None
-    assert sum(prepare.load("openwebtext")[0]["tokens"].values()) == 20_000
+    assert sum(prepare.read_dataset("openwebtext")[0]["tokens"].values()) == 20_000
     assert next(seen) < 20_000
-    assert "openwebtext is too short to be split" in call("prepare", "openwebtext", "--tokens=3").lower()
+    assert (
+        "openwebtext is too short to be split"
+        in call("prepare", "openwebtext", "--tokens=3").lower()
+    )
 
 
 def test_a_full_disk_leaves_no_half_made_data_set(folder):
@@ -137,6 +164,7 @@ def test_a_full_disk_leaves_no_half_made_data_set(folder):
 @pytest.mark.parametrize("when", ["encode", "replace"])
 def test_an_interrupted_prepare_is_no_data_set(folder, monkeypatch, when):
     """While the text is encoded, nothing has changed; while files are moved, there is none, rather than a mixed one."""
+
     def interrupted(*args):
         if when == "encode" or str(args[1]).endswith("val.bin"):
             raise KeyboardInterrupt
@@ -151,23 +179,26 @@ def test_an_interrupted_prepare_is_no_data_set(folder, monkeypatch, when):
     if when == "encode":
         assert contents() == before
     else:
-        assert "data set 'tiny' is missing or damaged" in call("train", "--dataset=tiny", "--device=cpu")
+        assert "data set 'tiny' is missing or damaged" in call(
+            "train", "--dataset=tiny", "--device=cpu"
+        )
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
     """Only what the user can put right becomes a sentence: a fork's own OSError shows where it came from."""
     for error in OSError("mine"), ValueError("mine"), RuntimeError("mine"):
+
         def main():
             raise error
 
         with pytest.raises(type(error)):
-            prepare.run(main)
+            prepare.run_program(main)
 
 
 def test_a_notebook_s_output_will_do():
     """It has print()'s methods, and no others."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        prepare.run(lambda: print("words"))
+        prepare.run_program(lambda: print("words"))
     assert output.getvalue() == "words\n"
 
 
@@ -175,7 +206,7 @@ def test_progress_says_how_far_and_how_long(monkeypatch, capsys):
     clock = iter([0.0, 10.0, 20.0, 31.0, 31.0, 31.0, 40.0, 62.0, 62.0, 62.0])
     monkeypatch.setattr(prepare.time, "perf_counter", lambda: next(clock))
     progress = prepare.Progress(100, done=10)
-    for done in 20, 30, 41, 50, 72:                                                 # a line every half minute
+    for done in 20, 30, 41, 50, 72:  # a line every half minute
         progress(done, f"{done} done")
     assert capsys.readouterr().err == "41 done, 0:00:59 left\n72 done, 0:00:28 left\n"
-    assert prepare.clock(3 * 3600 + 62) == "3:01:02"
+    assert prepare.format_time(3 * 3600 + 62) == "3:01:02"

@@ -16,14 +16,24 @@ from model import ATTENTIONS, GPT
 def test_prompts_from_everywhere(folder, capsys, monkeypatch):
     Path("prompt.txt").write_text("hanging")
     texts = []
-    for flags in (["--prompt=hanging"], ["--prompt_file=prompt.txt"], ["--prompt_file=-"],
-                  ["--prompt=hanging", "--no-cache"]):
+    for flags in (
+        ["--prompt=hanging"],
+        ["--prompt_file=prompt.txt"],
+        ["--prompt_file=-"],
+        ["--prompt=hanging", "--no-cache"],
+    ):
         monkeypatch.setattr(sys, "stdin", open("prompt.txt"))
         assert call("sample", *flags, "--max_new_tokens=20", "--device=cpu") is None
         captured = capsys.readouterr()
         texts.append(captured.out)
-        assert ("cache of 2,048 bytes, 128 a token" if flags[-1] != "--no-cache" else "no cache") in captured.err
-    assert texts == [texts[0]] * 4 and texts[0].startswith("hanging") and len(texts[0]) == len("hanging") + 20 + 1
+        assert (
+            "cache of 2,048 bytes, 128 a token" if flags[-1] != "--no-cache" else "no cache"
+        ) in captured.err
+    assert (
+        texts == [texts[0]] * 4
+        and texts[0].startswith("hanging")
+        and len(texts[0]) == len("hanging") + 20 + 1
+    )
     assert call("sample", "--prompt=hanging", "--max_new_tokens=20", "--seed=2") is None
     assert capsys.readouterr().out != texts[0]
 
@@ -39,7 +49,7 @@ def test_tokens_are_written_in_whole_characters(capsys):
         def decode(self, ids):
             return bytes(ids)
 
-    tokens = torch.tensor(list("小狗!".encode()) + [0xe5])
+    tokens = torch.tensor(list("小狗!".encode()) + [0xE5])
     assert sample.stream((token.view(1, 1) for token in tokens), Bytes()) >= 0
     assert capsys.readouterr().out == "小狗!\N{REPLACEMENT CHARACTER}\n"
 
@@ -70,17 +80,22 @@ def test_attention_maps_of_every_variant(attention):
     assert weights.shape == (2, 2, 7, 7)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 7))
     assert torch.equal(weights, weights.tril())
-    attention, x = network.blocks[0].attention, network.blocks[0].ln_1(network.wte(torch.arange(7)[None]))
+    attention, x = (
+        network.blocks[0].attention,
+        network.blocks[0].ln_1(network.wte(torch.arange(7)[None])),
+    )
     q, memory = attention.query(x, 0), attention.write(x, 0)
     values = attention.read(q, memory)[2]
     values = values.repeat_interleave(2 // values.size(2), dim=2)
-    mixed = torch.einsum("hts,bshd->bthd", weights[0], values)                        # what attention mixes by them
+    mixed = torch.einsum("hts,bshd->bthd", weights[0], values)  # what attention mixes by them
     mixed = attention.rotate(mixed, 0, turn=-1) if isinstance(attention, model.QV) else mixed
     torch.testing.assert_close(mixed, attention.mix(q, memory))
 
 
 def test_an_attention_map_is_a_picture(folder, capsys):
-    assert "'$' (number 9 of the text) is not among" in call("sample", "--prompt=bottles $", "--attention_map=map.png")
+    assert "'$' (number 9 of the text) is not among" in call(
+        "sample", "--prompt=bottles $", "--attention_map=map.png"
+    )
     assert call("sample", "--prompt=bottles", "--attention_map=map.png") is None
     assert Path("map.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == "map.png: 1 layers x 2 heads over 7 tokens\n"

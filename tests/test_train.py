@@ -18,12 +18,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BESIDE, ROOT, TEXT, TINY, call, checkpoint, contents, limited_file_size, log, program
+from conftest import (
+    BESIDE,
+    ROOT,
+    TEXT,
+    TINY,
+    call,
+    checkpoint,
+    contents,
+    limited_file_size,
+    log,
+    program,
+)
 
 import model
 import prepare
 import train
-from model import ATTENTIONS, GPT, POSITIONS, autocast
+from model import ATTENTIONS, GPT, POSITIONS
+from train import autocast
 
 CPU = torch.device("cpu")
 
@@ -39,10 +51,16 @@ def test_prepare_and_train_from_the_command_line(tmp_path):
     assert "python sample.py --out=out/bottles-qv_ka-agf" in result.stdout
     assert [entry["step"] for entry in log(run)] == [3, 6, 8]
     assert set(log(run)[0]) == {"step", "train_loss", "val_loss"}
-    assert set(map(len, (line.split(", ") for line in (run / "log.jsonl").read_text().splitlines()))) == {4}
+    assert set(
+        map(len, (line.split(", ") for line in (run / "log.jsonl").read_text().splitlines()))
+    ) == {4}
     last = log(run)[-1]
-    assert re.search(rf"^step 8: training loss {last['train_loss']:.4f}, validation loss {last['val_loss']:.4f}"
-                     r"( \(the best so far\))?, 0:00:0\d$", result.stdout, re.M)
+    assert re.search(
+        rf"^step 8: training loss {last['train_loss']:.4f}, validation loss {last['val_loss']:.4f}"
+        r"( \(the best so far\))?, 0:00:0\d$",
+        result.stdout,
+        re.M,
+    )
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     state = checkpoint(run)
     assert set(state) == set(model.CHECKPOINT) and len(state["losses"]) == 8
@@ -51,10 +69,17 @@ def test_prepare_and_train_from_the_command_line(tmp_path):
 
 
 def test_importing_does_nothing(tmp_path):
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare; assert 'torch' not in sys.modules; "
-            "import sample; assert 'train' not in sys.modules; import train")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare; assert 'torch' not in sys.modules; "
+        "import sample; assert 'train' not in sys.modules; import train"
+    )
     result = program("-c", code, cwd=tmp_path)
-    assert (result.returncode, result.stdout, result.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
+    assert (result.returncode, result.stdout, result.stderr, list(tmp_path.iterdir())) == (
+        0,
+        "",
+        "",
+        [],
+    )
 
 
 @pytest.mark.parametrize("name", ["prepare", "train", "sample"])
@@ -62,7 +87,11 @@ def test_help_teaches(name, capsys):
     assert call(name, "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"python {name}.py" in text and "default" in text
-    assert name != "train" or "whatever their defaults here say" in text and "presets: cpu n_layer=4" in text
+    assert (
+        name != "train"
+        or "whatever their defaults here say" in text
+        and "presets: cpu n_layer=4" in text
+    )
 
 
 @pytest.mark.parametrize("attention,pos", list(zip(ATTENTIONS, itertools.cycle(POSITIONS))))
@@ -77,41 +106,76 @@ def test_every_attention_trains_and_samples(folder, capsys, attention, pos):
 def test_gpt2_trains_and_streams_whole_characters(folder, gpt2, capsys):
     Path("dogs.txt").write_text("一只小狗。" * 300, encoding="utf-8")
     assert call("prepare", "dogs.txt", "--tokenizer=gpt2") is None
-    assert call("train", "--dataset=dogs", *TINY[1:], "--out=out/dogs", "--max_steps=40", "--eval_interval=40",
-                "--learning_rate=2e-2", "--warmup_steps=0", "--eval_tokens=50") is None
+    assert (
+        call(
+            "train",
+            "--dataset=dogs",
+            *TINY[1:],
+            "--out=out/dogs",
+            "--max_steps=40",
+            "--eval_interval=40",
+            "--learning_rate=2e-2",
+            "--warmup_steps=0",
+            "--eval_tokens=50",
+        )
+        is None
+    )
     assert checkpoint("out/dogs")["model_config"]["vocab_size"] == 50304
     capsys.readouterr()
-    assert call("sample", "--out=out/dogs", "--prompt=一只", "--max_new_tokens=30", "--temperature=0") is None
+    assert (
+        call("sample", "--out=out/dogs", "--prompt=一只", "--max_new_tokens=30", "--temperature=0")
+        is None
+    )
     assert "小狗。一只" in capsys.readouterr().out
 
 
 # Where the data comes from --------------------------------------------------------------------------------------------
 
 
-def test_without_network_the_default_is_pydoc_and_a_named_data_set_is_not(folder, monkeypatch, capsys):
+def test_without_network_the_default_is_pydoc_and_a_named_data_set_is_not(
+    folder, monkeypatch, capsys
+):
     monkeypatch.setattr(prepare, "SHAKESPEARE_URL", "http://127.0.0.1:9/")
     assert call("train", *TINY[1:], "--out=out/default") is None
     assert "training on pydoc, Python's language reference, instead" in capsys.readouterr().out
     assert checkpoint("out/default")["train_config"]["dataset"] == "pydoc"
-    assert "cannot be downloaded" in call("train", *TINY[1:], "--dataset=shakespeare_char", "--out=out/named")
+    assert "cannot be downloaded" in call(
+        "train", *TINY[1:], "--dataset=shakespeare_char", "--out=out/named"
+    )
     assert not Path("out/named").exists()
 
 
 SHAKESPEARE = Path("data/shakespeare_char")
 
 
-@pytest.mark.parametrize("damage,words", [
-    (lambda: (SHAKESPEARE / "train.bin").write_bytes(b"abcd"), "data set 'shakespeare_char' is missing or damaged"),
-    (lambda: ((SHAKESPEARE / "meta.json").unlink(), (SHAKESPEARE / "input.txt").write_text("x")),
-     "data/shakespeare_char/input.txt is not tiny Shakespeare"),
-    (lambda: (shutil.rmtree(SHAKESPEARE), SHAKESPEARE.write_text("")), "could not be written"),
-], ids=["damaged tokens", "another text", "no folder"])
+@pytest.mark.parametrize(
+    "damage,words",
+    [
+        (
+            lambda: (SHAKESPEARE / "train.bin").write_bytes(b"abcd"),
+            "data set 'shakespeare_char' is missing or damaged",
+        ),
+        (
+            lambda: (
+                (SHAKESPEARE / "meta.json").unlink(),
+                (SHAKESPEARE / "input.txt").write_text("x"),
+            ),
+            "data/shakespeare_char/input.txt is not tiny Shakespeare",
+        ),
+        (lambda: (shutil.rmtree(SHAKESPEARE), SHAKESPEARE.write_text("")), "could not be written"),
+    ],
+    ids=["damaged tokens", "another text", "no folder"],
+)
 def test_only_a_failed_download_has_a_substitute(folder, monkeypatch, damage, words):
     """Anything else that is wrong with the default data is said, and pydoc is not trained on instead."""
     shutil.copytree("data/tiny", "data/shakespeare_char")
     damage()
-    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda *args, **kwargs: open("tiny.txt", "rb"))
-    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", prepare.hashlib.sha256(TEXT.encode()).hexdigest())
+    monkeypatch.setattr(
+        prepare.urllib.request, "urlopen", lambda *args, **kwargs: open("tiny.txt", "rb")
+    )
+    monkeypatch.setattr(
+        prepare, "SHAKESPEARE_SHA256", prepare.hashlib.sha256(TEXT.encode()).hexdigest()
+    )
     assert words in call("train", *TINY[1:], "--out=out/new")
     assert not Path("data/pydoc").exists() and not Path("out/new").exists()
 
@@ -129,7 +193,10 @@ def test_batches_are_a_function_of_seed_and_step():
     assert not torch.equal(x, train.batch(data, two, 5, 7, CPU)[0])
     shares = [train.batch(data, one, 5, 7, CPU, rank, 2)[0] for rank in range(2)]
     assert torch.equal(torch.cat(shares), x) and not torch.equal(*shares)
-    starts = {int(train.batch(np.arange(8, dtype=np.uint16), one, 5, step, CPU)[0][0, 0]) for step in range(50)}
+    starts = {
+        int(train.batch(np.arange(8, dtype=np.uint16), one, 5, step, CPU)[0][0, 0])
+        for step in range(50)
+    }
     assert starts == {0, 1, 2}, "every window of the data, the first and the last"
 
 
@@ -137,7 +204,11 @@ def orthogonal(x):
     """What Polar Express is meant to do to one matrix, done to its singular values."""
     u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
     s = s / s.square().sum().sqrt() / 1.01
-    for a, b, c in (8.28721, -23.59589, 17.30039), (4.10706, -2.94785, 0.54484), (3.94869, -2.90890, 0.55182):
+    for a, b, c in (
+        (8.28721, -23.59589, 17.30039),
+        (4.10706, -2.94785, 0.54484),
+        (3.94869, -2.90890, 0.55182),
+    ):
         s = a * s + b * s**3 + c * s**5
     return (u * s @ v).float()
 
@@ -146,15 +217,26 @@ def orthogonal(x):
 def test_steps_are_plain_gradient_descent_on_the_mean_loss(folder, optimizer):
     """In micro-batches, against two steps on the whole batch by hand: the weights, and the losses that are reported.
     Under Muon each matrix, and of W_K each head's, is moved by itself; the rest by AdamW."""
-    flags = ["--out=out/new", "--micro_batch_size=2", "--grad_clip=0.5", "--warmup_steps=0", "--weight_decay=0.7"]
+    flags = [
+        "--out=out/new",
+        "--micro_batch_size=2",
+        "--grad_clip=0.5",
+        "--warmup_steps=0",
+        "--weight_decay=0.7",
+    ]
     run = train.Run(train.parse([*TINY, *flags, f"--optimizer={optimizer}"]))
     twin, losses = GPT(run.model.config), []
     twin.load_state_dict(run.model.state_dict())
-    moved = {name: torch.zeros_like(w) for name, w in twin.named_parameters()
-             if optimizer == "muon" and w.dim() > 1 and not name.startswith(("wte", "wpe"))}
+    moved = {
+        name: torch.zeros_like(w)
+        for name, w in twin.named_parameters()
+        if optimizer == "muon" and w.dim() > 1 and not name.startswith(("wte", "wpe"))
+    }
     others = [w for name, w in twin.named_parameters() if name not in moved]
-    groups = [dict(params=[w for w in others if w.dim() > 1], weight_decay=0.7),
-              dict(params=[w for w in others if w.dim() < 2], weight_decay=0)]
+    groups = [
+        dict(params=[w for w in others if w.dim() > 1], weight_decay=0.7),
+        dict(params=[w for w in others if w.dim() < 2], weight_decay=0),
+    ]
     adamw = torch.optim.AdamW(groups, betas=(0.9, run.train.beta2))
     for step in range(2):
         assert not run.step()
@@ -178,10 +260,14 @@ def test_steps_are_plain_gradient_descent_on_the_mean_loss(folder, optimizer):
     assert run.losses == pytest.approx(losses, rel=1e-6)
     assert {w.dim() for w in moved.values()} == ({2, 3} if optimizer == "muon" else set())
     for (name, ours), theirs in zip(run.model.named_parameters(), twin.parameters()):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5, msg=lambda words: f"{name}: {words}")
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-4, atol=2e-5, msg=lambda words: f"{name}: {words}"
+        )
 
 
-@pytest.mark.parametrize("shape", [(4, 16, 16), (3, 48, 16), (3, 16, 48), (1, 5, 64), (2, 128, 512)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4, 16, 16), (3, 48, 16), (3, 16, 48), (1, 5, 64), (2, 128, 512)], ids=str
+)
 def test_muon_makes_steps_orthogonal(shape):
     """Singular values between a and a tenth of a come near to 1, whatever a is, and singular vectors stay."""
     torch.manual_seed(0)
@@ -196,10 +282,15 @@ def test_muon_makes_steps_orthogonal(shape):
         torch.testing.assert_close(one, orthogonal(matrix), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("count,eval_tokens,predicted", [(83, None, 82), (81, None, 80), (10, None, 9), (83, 20, 20)])
+@pytest.mark.parametrize(
+    "count,eval_tokens,predicted", [(83, None, 82), (81, None, 80), (10, None, 9), (83, 20, 20)]
+)
 def test_validation_covers_every_token_once(folder, count, eval_tokens, predicted):
     """Against the definition: each token after the first, from those before it in its window of 16; and shared."""
-    network, val = GPT.load("out/run/last.pt")[0].eval(), prepare.load("tiny")[1]["val"][:count]
+    network, val = (
+        GPT.load("out/run/last.pt")[0].eval(),
+        prepare.read_dataset("tiny")[1]["val"][:count],
+    )
     losses = []
     for i in range(1, predicted + 1):
         before = torch.from_numpy(val[(i - 1) // 16 * 16 : i].astype(np.int64))
@@ -214,8 +305,14 @@ def test_validation_covers_every_token_once(folder, count, eval_tokens, predicte
 
 def test_validation_takes_no_more_tokens_at_once_than_a_micro_batch(folder, monkeypatch):
     shapes, forward = set(), GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda self, idx, *args: shapes.add(idx.numel()) or forward(self, idx, *args))
-    assert call("train", *TINY[:-1], "--out=out/new", "--micro_batch_size=2", "--kernel=torch") is None
+    monkeypatch.setattr(
+        GPT,
+        "forward",
+        lambda self, idx, *args: shapes.add(idx.numel()) or forward(self, idx, *args),
+    )
+    assert (
+        call("train", *TINY[:-1], "--out=out/new", "--micro_batch_size=2", "--kernel=torch") is None
+    )
     assert max(shapes) == 2 * 16
 
 
@@ -233,7 +330,11 @@ def test_learning_rate_and_weight_decay():
 
 def test_presets_are_defaults_that_flags_override():
     cpu, shape = train.configure(dict(preset="cpu", n_layer=2))
-    assert (shape.n_layer, shape.n_embd, cpu.max_steps) == (2, 128, train.PRESETS["cpu"]["max_steps"])
+    assert (shape.n_layer, shape.n_embd, cpu.max_steps) == (
+        2,
+        128,
+        train.PRESETS["cpu"]["max_steps"],
+    )
     _, shape = train.configure(dict(preset="gpu", attention="qkv"))
     assert 10.0e6 < sum(p.numel() for p in GPT(shape).parameters()) < 11e6
     config, shape = train.configure(dict(preset="gpt2"))
@@ -242,6 +343,7 @@ def test_presets_are_defaults_that_flags_override():
 
 def test_an_attention_of_ones_own_has_a_flag_of_its_own(folder, monkeypatch):
     """A fork adds a field to GPTConfig, in two lines, and --help, the check and checkpoints know of it."""
+
     class Mine(ATTENTIONS["qv"]):
         pass
 
@@ -261,8 +363,14 @@ def test_an_attention_of_ones_own_has_a_flag_of_its_own(folder, monkeypatch):
 
 # Stopping and going on ------------------------------------------------------------------------------------------------
 
-RESUME = [*TINY[:-3], "--max_steps=12", "--eval_interval=4", "--eval_tokens=500", "--dropout=0.2",
-          "--micro_batch_size=2"]
+RESUME = [
+    *TINY[:-3],
+    "--max_steps=12",
+    "--eval_interval=4",
+    "--eval_tokens=500",
+    "--dropout=0.2",
+    "--micro_batch_size=2",
+]
 
 
 @pytest.fixture(scope="module", params=["adamw", "muon"])
@@ -277,7 +385,9 @@ def whole(trained, tmp_path_factory, request):
         return flags, checkpoint("whole"), log("whole")
 
 
-@pytest.mark.parametrize("at,number", [(4, signal.SIGINT), (7, signal.SIGHUP)], ids=["at an evaluation", "between two"])
+@pytest.mark.parametrize(
+    "at,number", [(4, signal.SIGINT), (7, signal.SIGHUP)], ids=["at an evaluation", "between two"]
+)
 def test_resume_is_exact(folder, monkeypatch, whole, at, number):
     """A signal in a step, then --resume: bit for bit the run that was never stopped, with dropout and micro-batches."""
     steps, batch = itertools.count(1), train.batch
@@ -288,14 +398,20 @@ def test_resume_is_exact(folder, monkeypatch, whole, at, number):
         return batch(*args)
 
     monkeypatch.setattr(train, "batch", interrupting)
-    assert call("train", *whole[0], "--out=out/parts") == \
-        f"stopped after step {at}; it is saved: go on by --resume --out=out/parts"
+    assert (
+        call("train", *whole[0], "--out=out/parts")
+        == f"stopped after step {at}; it is saved: go on by --resume --out=out/parts"
+    )
     assert len(checkpoint("out/parts")["losses"]) == at
     assert call("train", "--resume", "--out=out/parts") is None
     parts = checkpoint("out/parts")
     assert log("out/parts") == whole[2] and parts["losses"] == whole[1]["losses"]
-    assert all(torch.equal(weights, parts["model"][name]) for name, weights in whole[1]["model"].items())
-    assert ("mean" in parts["optimizer"]["blocks.0.mlp.up.weight"]) == ("--optimizer=muon" in whole[0])
+    assert all(
+        torch.equal(weights, parts["model"][name]) for name, weights in whole[1]["model"].items()
+    )
+    assert ("mean" in parts["optimizer"]["blocks.0.mlp.up.weight"]) == (
+        "--optimizer=muon" in whole[0]
+    )
 
 
 def start(*flags, **options):
@@ -313,7 +429,9 @@ LONG = [*TINY[:-3], "--max_steps=1e6", "--eval_interval=1e6", "--out=out/long"]
 
 
 @pytest.mark.parametrize("at", [0, 1, 6])
-def test_a_crash_loses_no_more_than_the_steps_since_the_last_checkpoint(folder, monkeypatch, whole, at):
+def test_a_crash_loses_no_more_than_the_steps_since_the_last_checkpoint(
+    folder, monkeypatch, whole, at
+):
     """Even before the first step a run can be resumed, and comes to the end of one that was never stopped."""
     steps, batch, (flags, state, entries) = itertools.count(), train.batch, whole
 
@@ -330,7 +448,9 @@ def test_a_crash_loses_no_more_than_the_steps_since_the_last_checkpoint(folder, 
 
 
 def test_a_second_signal_stops_at_once(folder, monkeypatch):
-    monkeypatch.setattr(train, "batch", lambda *args: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)])
+    monkeypatch.setattr(
+        train, "batch", lambda *args: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]
+    )
     before = contents()
     assert call("train", "--resume", "--out=out/run", "--max_steps=9") == "interrupted"
     assert contents() == before
@@ -345,7 +465,11 @@ def test_a_signal_to_a_process_of_its_own(folder):
     for number in signal.SIGHUP, signal.SIGTERM:
         process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and errors.startswith("stopped after step ") and "Traceback" not in errors
+    assert (
+        process.returncode == 1
+        and errors.startswith("stopped after step ")
+        and "Traceback" not in errors
+    )
     assert checkpoint("out/long")["losses"] and not Path("out/long/best.pt").exists()
     assert call("sample", "--out=out/long", "--max_new_tokens=3") is None
 
@@ -384,7 +508,7 @@ print(winners)
 def test_of_two_that_start_in_one_folder_one_trains(folder, answer):
     """The other, and one that would go on with it, are told that it is in use; the first ends as if alone. Also where
     both ask in the same instant."""
-    if sys.platform == "linux":                                                     # elsewhere torch may not fork
+    if sys.platform == "linux":  # elsewhere torch may not fork
         assert json.loads(answer("claims")) == [1] * 8
     processes = [start(*LONG[:-2], "--eval_interval=50", LONG[-1]) for _ in range(2)]
     try:
@@ -393,10 +517,13 @@ def test_of_two_that_start_in_one_folder_one_trains(folder, answer):
             time.sleep(0.05)
         loser, winner = sorted(processes, key=lambda process: process.poll() is None)
         assert loser.poll() == 1 and re.fullmatch(
-            r"train.py: out/long (is in use|holds a run already).*\n", loser.communicate()[1])
+            r"train.py: out/long (is in use|holds a run already).*\n", loser.communicate()[1]
+        )
         wait_for(winner, "step 50:")
         for flags in ["--resume", "--learning_rate=9"], TINY:
-            assert "out/long is in use" in (call("train", *flags, "--max_steps=1", "--out=out/long") or "")
+            assert "out/long is in use" in (
+                call("train", *flags, "--max_steps=1", "--out=out/long") or ""
+            )
         winner.send_signal(signal.SIGTERM)
         assert winner.communicate(timeout=60)[1].startswith("stopped after step ")
     finally:
@@ -418,16 +545,27 @@ def test_a_run_that_was_killed_goes_on_at_once(folder):
     assert steps % 50 == 0
     assert call("train", "--resume", "--out=out/long", f"--max_steps={steps + 2}") is None
     assert len(checkpoint("out/long")["losses"]) == steps + 2
-    assert {path.name for path in Path("out/long").iterdir()} == {"lock", "log.jsonl", "best.pt", "last.pt", "loss.png"}
+    assert {path.name for path in Path("out/long").iterdir()} == {
+        "lock",
+        "log.jsonl",
+        "best.pt",
+        "last.pt",
+        "loss.png",
+    }
 
 
 def test_resume_takes_new_flags_and_the_same_ones(folder):
     flags = ["--max_steps=9", "--weight_decay=5", "--learning_rate=1e-4"]
     assert call("train", *TINY[:-3], "--resume", "--out=out/run", *flags) is None
     state = checkpoint("out/run")
-    assert state["train_config"]["weight_decay"] == 5 and state["optimizer"]["wte.weight"]["step"] == 9
+    assert (
+        state["train_config"]["weight_decay"] == 5 and state["optimizer"]["wte.weight"]["step"] == 9
+    )
     groups = train.Run({"resume": True, "weight_decay": 7.0}).optimizer.param_groups
-    assert {(group["weight_decay"], p.dim() > 1) for group in groups for p in group["params"]} == {(7, 1), (0, 0)}
+    assert {(group["weight_decay"], p.dim() > 1) for group in groups for p in group["params"]} == {
+        (7, 1),
+        (0, 0),
+    }
 
 
 def test_what_a_run_logs(folder, monkeypatch):
@@ -436,11 +574,17 @@ def test_what_a_run_logs(folder, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
     assert call("train", *TINY, "--out=out/new") is None
     state = checkpoint("out/new")
-    assert [entry["train_loss"] for entry in state["log"]] == [np.mean(state["losses"][:n]) for n in (3, 6)]
+    assert [entry["train_loss"] for entry in state["log"]] == [
+        np.mean(state["losses"][:n]) for n in (3, 6)
+    ]
     assert seeds[0] == 1337 and len(set(seeds)) == 7
     assert state["losses"] == checkpoint("out/run")["losses"]
-    assert call("train", "--resume", "--out=out/new", "--max_steps=150", "--eval_interval=150") is None
-    assert log("out/new")[-1]["train_loss"] == pytest.approx(np.mean(checkpoint("out/new")["losses"][50:]))
+    assert (
+        call("train", "--resume", "--out=out/new", "--max_steps=150", "--eval_interval=150") is None
+    )
+    assert log("out/new")[-1]["train_loss"] == pytest.approx(
+        np.mean(checkpoint("out/new")["losses"][50:])
+    )
 
 
 def test_a_finished_run_says_again_what_it_said(folder, capsys):
@@ -452,6 +596,7 @@ def test_a_finished_run_says_again_what_it_said(folder, capsys):
 
 def test_best_is_saved_before_last(folder, monkeypatch):
     """... and so is the log, so that last.pt, from which a run goes on, never knows of more than is there."""
+
     def dying(path, write_to):
         if path.name == "last.pt":
             raise KeyboardInterrupt
@@ -466,8 +611,15 @@ def test_best_is_saved_before_last(folder, monkeypatch):
 
 def test_divergence_keeps_the_last_good_checkpoint(folder):
     before = Path("out/run/last.pt").read_bytes()
-    sentence = call("train", "--resume", "--out=out/run", "--max_steps=300", "--learning_rate=1e38", "--grad_clip=0",
-                    "--weight_decay=0")
+    sentence = call(
+        "train",
+        "--resume",
+        "--out=out/run",
+        "--max_steps=300",
+        "--learning_rate=1e38",
+        "--grad_clip=0",
+        "--weight_decay=0",
+    )
     assert "training has diverged" in sentence and sentence.endswith("or by --resume --out=out/run")
     assert Path("out/run/last.pt").read_bytes() == before
 
@@ -483,8 +635,13 @@ def test_weights_that_are_no_numbers_are_not_saved(folder, monkeypatch):
 
 def test_a_full_disk_keeps_the_last_checkpoint(folder):
     before = Path("out/run/last.pt").read_bytes()
-    sentence = limited_file_size(5_000, lambda: call("train", "--resume", "--out=out/run", "--max_steps=9"))
-    assert "out/run/best.pt could not be written" in sentence and "what was there is intact" in sentence
+    sentence = limited_file_size(
+        5_000, lambda: call("train", "--resume", "--out=out/run", "--max_steps=9")
+    )
+    assert (
+        "out/run/best.pt could not be written" in sentence
+        and "what was there is intact" in sentence
+    )
     assert Path("out/run/last.pt").read_bytes() == before
     assert not list(Path("out/run").glob("*.tmp"))
 
@@ -492,7 +649,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(folder):
 def test_what_cannot_be_written_is_said_before_the_first_step(folder, monkeypatch):
     monkeypatch.setattr(train.Run, "step", lambda *args: pytest.fail("a step was taken"))
     Path("out/new/log.jsonl").mkdir(parents=True)
-    assert "out/new/log.jsonl could not be written (Is a directory)" in call("train", *TINY, "--out=out/new")
+    assert "out/new/log.jsonl could not be written (Is a directory)" in call(
+        "train", *TINY, "--out=out/new"
+    )
 
 
 def test_a_new_run_never_overwrites_an_old_one(folder):
@@ -559,7 +718,7 @@ def test_where_everything_is_ascii(answer):
 
 @pytest.mark.parametrize("name", ["$a$^$", "two words; #'", os.fsdecode(b"\xff")])
 def test_folders_of_any_name(folder, capsys, name):
-    sys.stderr.reconfigure(errors="backslashreplace")                               # as it is outside of tests
+    sys.stderr.reconfigure(errors="backslashreplace")  # as it is outside of tests
     assert call("train", *TINY, f"--out=out/{name}") is None
     assert call("train", "--resume", f"--out=out/{name}", "--max_steps=7") is None
     assert call("sample", f"--out=out/{name}", "--max_new_tokens=3") is None
@@ -573,19 +732,28 @@ def machine(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: machine.threads)
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: setattr(machine, "threads", number))
+    monkeypatch.setattr(
+        torch, "set_num_threads", lambda number: setattr(machine, "threads", number)
+    )
     monkeypatch.setattr(torch.Tensor, "sin_", lambda x: seconds.append(seconds[-1] + 0.1))
-    monkeypatch.setattr(model, "time", types.SimpleNamespace(
-        perf_counter=lambda: seconds[-1], process_time=lambda: machine.share * seconds[-1]))
+    monkeypatch.setattr(
+        model,
+        "time",
+        types.SimpleNamespace(
+            perf_counter=lambda: seconds[-1], process_time=lambda: machine.share * seconds[-1]
+        ),
+    )
     return machine
 
 
 @pytest.mark.parametrize("share,threads", [(3.9, 4), (2.9, 3), (2.0, 2), (0.4, 1)])
 def test_as_many_threads_as_cores_that_are_free(machine, capsys, share, threads):
     machine.share = share
-    model.choose_device("cpu")
+    train.choose_device("cpu")
     assert machine.threads == threads
-    said = f"other programs use the CPU: {threads} of 4 threads (OMP_NUM_THREADS has it otherwise)\n"
+    said = (
+        f"other programs use the CPU: {threads} of 4 threads (OMP_NUM_THREADS has it otherwise)\n"
+    )
     assert capsys.readouterr().err == ("" if threads == 4 else said)
 
 
@@ -602,9 +770,12 @@ def test_a_number_of_threads_that_is_given_is_taken(machine, folder, monkeypatch
     assert machine.threads == 2
     machine.threads = 4
     assert call("train", "--resume", "--out=out/new", "--max_steps=9", "--threads=9") is None
-    assert machine.threads == 4 and "9 threads are not to be had here: 4, so" in capsys.readouterr().err
+    assert (
+        machine.threads == 4
+        and "9 threads are not to be had here: 4, so" in capsys.readouterr().err
+    )
     assert call("train", "--resume", "--out=out/new", "--max_steps=10", "--threads=2") is None
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")                                      # which PyTorch has read
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # which PyTorch has read
     machine.threads = 4
     assert call("train", "--resume", "--out=out/new", "--max_steps=11") is None
     assert machine.threads == 4 == checkpoint("out/new")["train_config"]["threads"]
@@ -725,13 +896,21 @@ def test_when_one_process_fails_both_leave(answer, processes):
     """One of two is asked to stop, has a loss that is no number, cannot save, or finds no data: nobody waits for ever,
     rank 0 says why in one sentence, and what was saved before is there."""
     first, second = answer("failing").split("second: ")
-    expected = ["stop|True|stopped after step 5; it is saved: go", "nan|True|train.py: the loss is nan at step 5",
-                "save|True|train.py: the disk is full", "data|True|train.py: data set 'nowhere' is missing"]
-    sentences = [line for line in first.splitlines() if line.startswith(("stop|", "nan|", "save|", "data|"))]
+    expected = [
+        "stop|True|stopped after step 5; it is saved: go",
+        "nan|True|train.py: the loss is nan at step 5",
+        "save|True|train.py: the disk is full",
+        "data|True|train.py: data set 'nowhere' is missing",
+    ]
+    sentences = [
+        line for line in first.splitlines() if line.startswith(("stop|", "nan|", "save|", "data|"))
+    ]
     assert [line[: len(words)] for line, words in zip(sentences, expected, strict=True)] == expected
     assert [line.rpartition("|")[2] for line in sentences[:2]] == ["5", "3"], "steps that are saved"
     assert not sentences[2][-1].isdigit(), "and of the full disk none"
-    assert second.split() == ["stop|True|1|5", "nan|True|1|3", "save|True|1"], "gloo's threads are gone"
+    assert second.split() == ["stop|True|1|5", "nan|True|1|3", "save|True|1"], (
+        "gloo's threads are gone"
+    )
     assert "Error" not in processes["failing"].result().stderr
 
 
