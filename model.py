@@ -158,14 +158,13 @@ class Attention(nn.Module):
         of all pairs) + decay. Of S tokens, the queries are the last T, and each sees no later one.
         Under autocast the softmax and what is added to the scores stay in float32.
         Returns (B, T, H, width)."""
-        T, S = pairs[0][0].size(1), v.size(1)
+        T, S, G, width, dtype = pairs[0][0].size(1), *v.shape[1:], v.dtype
         if self.kernel is not None and (T == S or self.decodes_fused):
             return self.attend_fused(pairs, v)
         if T == 1 < S:
             return self.attend_once(pairs, v)
 
         # Many queries. Join the pairs to one query and one key, and let PyTorch do the rest.
-        G = v.size(2)
         q = join([q for q, _ in pairs])  # (B, T, H, width)
         k = join([k.expand(-1, -1, G, -1) for _, k in pairs])  # (B, S, G, width)
 
@@ -179,7 +178,6 @@ class Attention(nn.Module):
             q, k, v = q.type_as(bias), k.type_as(bias), v.type_as(bias)
 
         # It is fast only where keys and values have one width.
-        width = v.size(-1)
         v = F.pad(v, (0, max(0, k.size(-1) - width)))
         with torch.autocast(q.device.type, enabled=False):
             y = F.scaled_dot_product_attention(
@@ -192,7 +190,7 @@ class Attention(nn.Module):
                 scale=self.scale,
                 enable_gqa=G != self.n_head,
             )
-        return y.transpose(1, 2)[..., :width]
+        return y.transpose(1, 2)[..., :width].to(dtype)
 
     def attend_once(self, pairs, v):
         """`attend` for the one query of a decoding step, which sees all S tokens. What they left
@@ -683,7 +681,7 @@ class GPT(nn.Module):
         T, block_size = idx.size(1), self.config.block_size
         if start + T > block_size:
             raise ValueError(
-                f"{start} + {T} tokens are more than the context, block_size={block_size}; crop them"
+                f"{start} + {T} tokens are more than the context of {block_size}; crop them"
             )
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:

@@ -1,0 +1,60 @@
+"""An attention of one's own, as the README writes it, and a flag of its own."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from helpers import SMALL, assert_equal_functions, small
+
+import model as model_py
+from model import ATTENTIONS, POSITIONS
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def readmes_attention():
+    return re.search(r"```python\n(class Keyless.*?)```", README.read_text(), re.DOTALL)[1]
+
+
+@pytest.fixture
+def keyless():
+    """The README's attention, at the end of model.py for the time of a test."""
+    names, attentions = dict(vars(model_py)), dict(ATTENTIONS)
+    exec(readmes_attention(), vars(model_py))
+    yield
+    vars(model_py).clear()
+    vars(model_py).update(names)
+    ATTENTIONS.clear()
+    ATTENTIONS.update(attentions)
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_the_readmes_attention_is_qv_with_the_route_in_its_query(keyless, pos):
+    fork, qv = small("keyless", pos), small("qv", pos)
+    state = fork.state_dict()
+    for name in [name for name in state if name.endswith("route")]:
+        query = name.replace("route", "q.weight")
+        state[query] = (state.pop(name) @ state[query].view(4, 8, 32)).flatten(0, 1)
+    qv.load_state_dict(state)
+    assert_equal_functions(fork, qv)
+
+
+def test_a_flag_of_its_own(monkeypatch):
+    """A field of GPTConfig, which the attention reads."""
+    attention = readmes_attention().replace(
+        "torch.empty(self", "torch.empty(1 if config.shared_route else self"
+    )
+    field = (
+        "    shared_route: bool = option("
+        'False, "share one route among the heads", only={"attention": ("keyless",)})\n'
+    )
+    source, after = Path(model_py.__file__).read_text(), "\n    def sizes(self)"
+    assert source.count(after) == 1
+    fork = types.ModuleType("fork")
+    monkeypatch.setitem(sys.modules, "fork", fork)
+    exec(source.replace(after, field + after) + "\n\n" + attention, vars(fork))
+    for shared, shape in (True, (1, 8, 8)), (False, (4, 8, 8)):
+        config = fork.GPTConfig(attention="keyless", shared_route=shared, **SMALL)
+        assert fork.GPT(config).blocks[0].attention.route.shape == shape
