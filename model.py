@@ -158,17 +158,23 @@ class Attention(nn.Module):
         of all pairs) + decay. Of S tokens, the queries are the last T, and each sees no later one.
         Under autocast the softmax and what is added to the scores stay in float32.
         Returns (B, T, H, width)."""
-        T, S, G, width, dtype = pairs[0][0].size(1), *v.shape[1:], v.dtype
+        T, S = pairs[0][0].size(1), v.size(1)
         if self.kernel is not None and (T == S or self.decodes_fused):
             return self.attend_fused(pairs, v)
         if T == 1 < S:
-            return self.attend_once(pairs, v)
+            return self.attend_one(pairs, v)
+        return self.attend_many(pairs, v)
 
-        # Many queries. Join the pairs to one query and one key, and let PyTorch do the rest.
+    def attend_many(self, pairs, v):
+        """`attend` for many queries, in training and for a prompt: joins the pairs to one query and
+        one key, and lets PyTorch do the rest."""
+        G, width, dtype = v.size(2), v.size(-1), v.dtype
         q = join([q for q, _ in pairs])  # (B, T, H, width)
         k = join([k.expand(-1, -1, G, -1) for _, k in pairs])  # (B, S, G, width)
+        T, S = q.size(1), k.size(1)
 
-        # PyTorch's own causal mask serves if all tokens are new and nothing is added to the scores.
+        # PyTorch's own causal mask serves where all tokens are new and there is no decay. It has to
+        # be told by a bool, and under torch.compile T == S may be a symbol.
         is_causal = True if self.decay is None and T == S else False
         bias = None
         if not is_causal:
@@ -192,10 +198,10 @@ class Attention(nn.Module):
             )
         return y.transpose(1, 2)[..., :width].to(dtype)
 
-    def attend_once(self, pairs, v):
+    def attend_one(self, pairs, v):
         """`attend` for the one query of a decoding step, which sees all S tokens. What they left
-        behind is long, so nothing of it is copied: the H / G query heads that share a key head
-        become H / G queries of that head."""
+        behind is long, so nothing of it is copied: the products are added up, and the H / G query
+        heads that share a key head become H / G queries of that head."""
         (q, k), *others = pairs
         S, G = k.size(1), k.size(2)
         q = q.view(len(q), G, self.n_head // G, -1)  # (B, G, H / G, width)
