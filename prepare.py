@@ -219,7 +219,7 @@ class GPT2Tokenizer(Tokenizer):
     def decode_bytes(self, ids):
         """UTF-8 bytes, perhaps of a part of a character. Ids that only round a model's vocabulary
         up stand for nothing."""
-        return self.bpe.decode_bytes([int(i) for i in ids if i < self.vocab_size])
+        return self.bpe.decode_bytes([i for i in ids if i < self.vocab_size])
 
 
 def tokenizer_from(spec):
@@ -264,24 +264,30 @@ def write_dataset(name, meta, splits):
     folder = DATA / name
     try:
         for split, ids in splits.items():
-            ids = np.asarray(ids, dtype=np.uint16)
-            digest = hashlib.sha256(meta["sha256"][split].encode())
-            digest.update(ids)
-            meta["sha256"][split] = digest.hexdigest()
-            file = meta["files"].setdefault(split, f"{split}-{digest.hexdigest()[:12]}.bin")
-            if meta["tokens"][split] == 0:
-                write_atomically(folder / file, lambda temporary: temporary.write_bytes(ids))
-            else:
-                with explain_failure(folder / file), open(folder / file, "r+b") as tokens:
-                    tokens.seek(meta["tokens"][split] * ids.itemsize)
-                    tokens.write(ids)
-            meta["tokens"][split] += len(ids)
+            write_tokens(folder, meta, split, np.asarray(ids, dtype=np.uint16))
         text = json.dumps(meta, indent=1) + "\n"
         write_atomically(
             folder / "meta.json", lambda temporary: temporary.write_text(text, encoding="utf-8")
         )
     finally:
         remove_leftovers(folder)
+
+
+def write_tokens(folder, meta, split, ids):
+    """Writes a split's first tokens to a new file, and later ones behind those that count."""
+    digest = hashlib.sha256(meta["sha256"][split].encode())
+    digest.update(ids)
+    meta["sha256"][split] = digest.hexdigest()
+    if split not in meta["files"]:
+        meta["files"][split] = f"{split}-{meta['sha256'][split][:12]}.bin"
+        path = folder / meta["files"][split]
+        write_atomically(path, lambda temporary: temporary.write_bytes(ids))
+    else:
+        path = folder / meta["files"][split]
+        with explain_failure(path), open(path, "r+b") as file:
+            file.seek(meta["tokens"][split] * ids.itemsize)
+            file.write(ids)
+    meta["tokens"][split] += len(ids)
 
 
 def remove_leftovers(folder):
