@@ -132,7 +132,7 @@ def explain_failure(path):
     except (OSError, RuntimeError) as error:  # torch.save raises either
         raise UserError(
             f"{path} could not be written ({describe_error(error)}); what was there is intact: "
-            "make room"
+            "make room, or mend that"
         ) from None
 
 
@@ -453,14 +453,14 @@ def prepare_openwebtext(limit):
         print(f"{meta['documents']:,} documents are there already; going on behind them")
     except UserError:
         meta = {**new_meta(tokenizer, OPENWEBTEXT["path"]), "documents": 0}
-    done, total = sum(meta["tokens"].values()), min(limit, 9.04e9)
+    done, total = sum(meta["tokens"].values()), min(limit, 9.04e9)  # that is all
     progress = Progress(total, done)
     stream = read_openwebtext(meta["documents"])
     try:
         while done < limit and (texts := next(stream, None)):
             splits = {"train": [], "val": []}
             for ids in tokenizer.bpe.encode_ordinary_batch(texts):
-                split = "train" if meta["documents"] % 2000 else "val"
+                split = "val" if meta["documents"] % 2000 == 0 else "train"
                 splits[split] += [*ids, tokenizer.end_of_text]
                 meta["documents"] += 1
             write_dataset("openwebtext", meta, splits)
