@@ -122,11 +122,11 @@ def describe(path, model, checkpoint):
         f"{steps:,} steps"
     )
     last = path.with_name("last.pt")
-    if path.name == "best.pt" and last.exists():
-        # mmap reads the weights only if somebody looks at them.
-        further = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
-        if len(further["losses"]) > steps:
-            words += f" (best so far; {len(further['losses']):,} steps by --out={last})"
+    if last.exists():
+        # With mmap, the weights are not read.
+        losses = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["losses"]
+        if len(losses) > steps:
+            words += f"; last.pt has {len(losses):,} steps, take it by --out={last}"
     return words
 
 

@@ -135,6 +135,21 @@ def test_the_text_is_the_same_without_a_cache(written):
     assert written("--no-cache") == written()
 
 
+def test_without_a_cache_all_is_read_again_for_each_token(written, monkeypatch):
+    read, forward = [], GPT.forward
+
+    def counting(self, idx, *args, **options):
+        read.append(idx.size(1))
+        return forward(self, idx, *args, **options)
+
+    monkeypatch.setattr(GPT, "forward", counting)
+    written("--prompt=all", "--max_new_tokens=5")
+    assert read[:5] == [3, 1, 1, 1, 1]
+    read.clear()
+    written("--prompt=all", "--max_new_tokens=5", "--no-cache")
+    assert read[:5] == [3, 4, 5, 6, 7]
+
+
 def test_temperature_zero_takes_the_likeliest_tokens(run, written):
     idx = torch.tensor([[0]])
     for _ in range(15):
@@ -265,7 +280,7 @@ def test_the_newest_run_is_read(said):
 
 def test_the_best_checkpoint_is_read_and_a_later_one_is_mentioned(said):
     save_run("run", steps=10, file="last.pt")
-    assert said()[0].endswith("3 steps (best so far; 10 steps by --out=out/run/last.pt)")
+    assert said()[0].endswith("3 steps; last.pt has 10 steps, take it by --out=out/run/last.pt")
 
 
 def test_a_last_checkpoint_that_is_the_best_is_not_mentioned(said):
