@@ -1,11 +1,13 @@
 """Turns text into tokens: a folder data/<name>/ with meta.json, which says how to read the rest.
 
-python prepare.py shakespeare_char           tiny Shakespeare, a token for each character (1 MB)
-python prepare.py shakespeare                the same text in GPT-2's byte-pair encoding
-python prepare.py pydoc                      Python's language reference: needs no download at all
-python prepare.py openwebtext --tokens=1e9   as much of OpenWebText as you want, GPT-2's encoding
-python prepare.py PATH.txt                   a text of your own, by characters
-python prepare.py PATH.txt --tokenizer=gpt2  or in GPT-2's encoding
+    python prepare.py shakespeare_char           tiny Shakespeare, a token for each character (1 MB)
+    python prepare.py shakespeare                the same text in GPT-2's byte-pair encoding
+    python prepare.py pydoc                      Python's language reference: needs no download
+    python prepare.py openwebtext --tokens=1e9   so much of OpenWebText, in GPT-2's encoding
+    python prepare.py PATH.txt                   a text of your own, by characters
+    python prepare.py PATH.txt --tokenizer=gpt2  or in GPT-2's encoding
+
+OpenWebText is read in parts: the same command, or one for more tokens, goes on where it stopped.
 """
 
 import argparse
@@ -498,12 +500,12 @@ def main(argv=None):
     parser.add_argument(
         "--tokenizer",
         choices=("char", "gpt2"),
-        help="what makes tokens of a text of your own (default: char)",
+        help="tokenizer of a text of your own: characters, or GPT-2's byte pairs (default: char)",
     )
     parser.add_argument(
         "--tokens",
         type=parse_int,
-        help="how much of openwebtext to read (default: all, 9 billion tokens, 18 GB)",
+        help="number of tokens of openwebtext to read (default: all 9 billion, 18 GB)",
     )
     parser.add_argument(
         "--overwrite",
