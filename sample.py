@@ -3,9 +3,10 @@
     python sample.py                                                from the newest run
     python sample.py --prompt="ROMEO:" --temperature=0.8
     cat letter.txt | python sample.py --prompt_file=-
-    python sample.py --prompt="ROMEO:" --attention_map=out/map.png  what every head attends to, as a picture
+    python sample.py --prompt="ROMEO:" --attention_map=out/map.png  what every head attends to
 
-Text goes to standard output as it is made; what it cost, speed and memory, goes to standard error.
+Text goes to standard output while it is made. What was read, and what it cost, goes to standard
+error.
 """
 
 import codecs
@@ -14,6 +15,7 @@ import time
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from model import GPT
@@ -27,7 +29,7 @@ from prepare import (
     tokenizer_from,
     write_atomically,
 )
-from train import autocast, choose_device
+from train import autocast, choose_device, choose_kernel
 
 
 def parse(argv=None):
@@ -35,46 +37,55 @@ def parse(argv=None):
     parser.add_argument(
         "--out",
         type=Path,
-        help="the run's folder (default: the newest in out/): its best.pt, or else "
-        "last.pt, is read",
+        help="folder of the run, of which best.pt is read, or else last.pt; or the path of one of "
+        "its checkpoints (default: the newest run in out/)",
     )
-    parser.add_argument("--prompt", help="what to go on from (default: a line break)")
-    parser.add_argument("--prompt_file", help="the same, from a UTF-8 file; - is standard input")
-    parser.add_argument(
-        "--num_samples", type=parse_int, default=1, help="how many texts (default: 1)"
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="text to go on from (default: a line break)")
+    prompt.add_argument(
+        "--prompt_file", help="UTF-8 file with the text to go on from; - is standard input"
     )
     parser.add_argument(
-        "--max_new_tokens", type=parse_int, default=500, help="tokens in each (default: 500)"
+        "--num_samples", type=parse_int, default=1, help="number of texts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max_new_tokens",
+        type=parse_int,
+        default=500,
+        help="number of tokens in each text (default: %(default)s)",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.8,
-        help="below 1 more cautious, above 1 wilder, 0 always the likeliest token (default: 0.8)",
+        help="boldness of the draws: below 1 is more cautious, above 1 wilder, and 0 always takes "
+        "the likeliest token (default: %(default)s)",
     )
     parser.add_argument(
-        "--top_k", type=parse_int, help="draw from the k likeliest tokens only (default: all)"
+        "--top_k", type=parse_int, help="draw from the k likeliest tokens only (default: from all)"
     )
-    parser.add_argument("--seed", type=parse_int, default=1337, help="of the draws (default: 1337)")
+    parser.add_argument(
+        "--seed", type=parse_int, default=1337, help="seed of the draws (default: %(default)s)"
+    )
     parser.add_argument(
         "--cache",
         action=BooleanOptionalAction,
         default=True,
-        help="remember what was read (default), "
-        "or read it all again for each token: the same text (in bfloat16 but for rounding), slower",
+        help="remember what was read (default), or read it all again for each token: the same text "
+        "(in bfloat16 but for rounding), only slower",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps ... (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps ...")
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16"),
-        help="of matrix products (default: auto)",
+        help="precision of matrix products (default: auto, bfloat16 where CUDA has it)",
     )
     parser.add_argument(
         "--kernel",
         default="auto",
         choices=("auto", "torch", "triton"),
-        help="what computes qv and qv_ka, as in train.py (default: auto)",
+        help="what computes attention, as in train.py (default: auto)",
     )
     parser.add_argument(
         "--attention_map",
@@ -82,26 +93,45 @@ def parse(argv=None):
         type=Path,
         help="write no text, but draw every head's attention weights over the prompt's tokens",
     )
+
     args = parser.parse_args(argv)
-    for name, least in (
-        ("num_samples", 1),
-        ("max_new_tokens", 1),
-        ("top_k", 1),
-        ("temperature", 0),
-        ("seed", 0),
-    ):
+    least = dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=1, seed=0)
+    for name, minimum in least.items():
         value = getattr(args, name)
-        if value is not None and not least <= value < 2**63:
-            parser.error(f"--{name}={value} must be at least {least} and below 2**63")
-    if args.prompt is not None and args.prompt_file is not None:
-        parser.error("--prompt and --prompt_file exclude each other; give one")
+        if value is not None and not minimum <= value < 2**63:
+            parser.error(f"--{name}={value} must be at least {minimum} and below 2**63")
     if args.attention_map and args.attention_map.suffix != ".png":
         parser.error(f"--attention_map={args.attention_map} must end in .png")
     return args
 
 
+def find_checkpoint(out):
+    """The file to read: `out` itself, or in that folder best.pt, or last.pt where a run was stopped
+    before it was validated."""
+    if out.is_file():
+        return out
+    best = out / "best.pt"
+    return best if best.exists() else out / "last.pt"
+
+
+def describe(path, model, checkpoint):
+    """What is read, and whether the run went on from there."""
+    config, steps = model.config, len(checkpoint["losses"])
+    words = (
+        f"{path}: {config.attention}, {config.pos}, {config.n_layer} layers, {config.n_embd} wide, "
+        f"{steps:,} steps"
+    )
+    last = path.with_name("last.pt")
+    if last.exists():
+        # With mmap, the weights are not read.
+        losses = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["losses"]
+        if len(losses) > steps:
+            words += f"; last.pt has {len(losses):,} steps, take it by --out={last}"
+    return words
+
+
 def read_prompt(args, tokenizer):
-    """The prompt's text, from wherever the flags say; without any, a line break, or a first character that is known."""
+    """The text to go on from: by default a line break, or a character that the model knows."""
     if args.prompt_file is not None:
         text = read_text(args.prompt_file)
     elif args.prompt is not None:
@@ -115,92 +145,125 @@ def read_prompt(args, tokenizer):
 
 
 def stream(tokens, tokenizer):
-    """Writes tokens to standard output as they come, in whole characters; returns the seconds that it took."""
-    decoder, started = codecs.getincrementaldecoder("utf-8")(errors="replace"), time.time()
+    """Writes tokens (1, 1) to standard output as they come, in whole characters."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
-        print(decoder.decode(tokenizer.decode(token[0].tolist())), end="", flush=True)
+        text = decoder.decode(tokenizer.decode_bytes(token[0]))
+        print(text, end="", flush=True)
     print(decoder.decode(b"", final=True))
-    return time.time() - started
 
 
+# --- What the heads attend to ---------------------------------------------------------------------
+
+
+@torch.no_grad()
 def attention_weights(model, idx):
-    """Every layer's and head's weights over the tokens idx (1, T): (n_layer, H, T, T). Where values are the rows of the
-    identity, what attention mixes of them is its weights."""
-    layers = []
-
-    def watch(attention, inputs):
-        q, k, v = attention.read(attention.query(inputs[0], 0), attention.write(inputs[0], 0))
-        identity = (
-            torch.eye(v.size(1)).type_as(v)[None, :, None].expand(-1, -1, v.size(2), -1)
-        )  # (1, T, G, T)
-        layers.append(attention.attend(q, k, identity)[0].transpose(0, 1))  # (H, T, T)
-
+    """How much each token of idx (1, T) attends to each, in every layer and head: a tensor
+    (n_layer, H, T, T). Attention mixes values. Where these are the rows of the identity, what it
+    makes of them are the weights themselves."""
+    T, layers = idx.size(1), []
+    x = model.wte(idx)  # (1, T, C)
+    if model.wpe is not None:
+        x = x + model.wpe.weight[:T]
     for block in model.blocks:
-        block.attention.register_forward_pre_hook(watch)
-    with torch.no_grad():
-        model(idx)
+        attention, normed = block.attention, block.ln_1(x)
+        memory = attention.write(normed, 0)
+        pairs, v = attention.read(attention.query(normed), memory, 0)
+        identity = torch.eye(T).type_as(v)[None, :, None]  # (1, T, 1, T)
+        weights = attention.attend(pairs, identity.expand(-1, -1, v.size(2), -1))  # (1, T, H, T)
+        layers.append(weights[0].transpose(0, 1))  # (H, T, T)
+        x = block(x, 0, None)
     return torch.stack(layers).float().cpu()
 
 
-def draw_attention(model, tokenizer, idx, path):
-    """Draws a grid of heads, a row a layer: how much each token of the prompt (down) attends to each (across)."""
+def label(text):
+    """A token as a picture shows it: what has no sign, in general or in the font, has a code."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font, signs = get_font(findfont(FontProperties())), []
+    for char in text:
+        if not char.isprintable():
+            char = repr(char)[1:-1]  # \n, \r, \x00
+        elif font.get_char_index(ord(char)) == 0:
+            char = f"U+{ord(char):04X}"
+        signs.append(char)
+    return "".join(signs)
+
+
+def draw_attention(model, tokenizer, idx):
+    """A figure: a row for each layer, with a square for each head, in which each token of idx
+    (1, T) has a row, and what it attends to lies across. Raises UserError where T does not fit."""
     from matplotlib.figure import Figure
 
     T, config = idx.size(1), model.config
     if not 2 <= T <= config.block_size:
         raise UserError(
-            f"--attention_map takes a prompt of 2 to {config.block_size} tokens, the model's context, and "
-            f"this one has {T}; give another --prompt"
+            f"--attention_map takes a prompt of 2 to {config.block_size} tokens, the model's "
+            f"context, and this one has {T}; give another --prompt"
         )
-    labels = [
-        tokenizer.decode([token]).decode(errors="replace").replace("\n", "\\n")
-        for token in idx[0].tolist()
-    ]
-    size, (ticks, labels) = (max(1.6, 0.13 * T), (range(T), labels)) if T <= 48 else (2.2, ([], []))
-    figure = Figure((size * config.n_head, size * config.n_layer + 0.5), layout="constrained")
+    # Beside a long prompt nobody could read them.
+    labels = [label(tokenizer.decode([token])) for token in idx[0].tolist()] if T <= 48 else []
+    ticks = range(len(labels))
+    rotation = 90 if any(len(text) > 2 for text in labels) else 0
+    inches = max(1.6, 0.13 * T) if labels else 2.2
+    size = inches * config.n_head, inches * config.n_layer + 0.5
+    figure = Figure(size, layout="constrained")
     grid = figure.subplots(config.n_layer, config.n_head, squeeze=False)
-    for layer, (row, weights) in enumerate(zip(grid, attention_weights(model, idx).numpy()), 1):
-        for head, axes in enumerate(row):
-            image = axes.imshow(weights[head], vmin=0, vmax=1, cmap="magma_r")
-            axes.set_title(f"layer {layer}, head {head + 1}", fontsize=7)
-            axes.set_xticks(ticks, labels, fontsize=5, parse_math=False)
-            axes.set_yticks(ticks, labels, fontsize=5, parse_math=False)
-    figure.suptitle(
-        f"{config.attention}, {config.pos}: weight of each token (across) for each (down)",
-        fontsize=9,
-    )
+    weights = attention_weights(model, idx).numpy()
+    for (layer, head), axes in np.ndenumerate(grid):
+        image = axes.imshow(weights[layer, head], vmin=0, vmax=1, cmap="magma_r")
+        axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=7)
+        axes.set_xticks(ticks, labels, fontsize=5, parse_math=False, rotation=rotation)
+        axes.set_yticks(ticks, labels, fontsize=5, parse_math=False)
+    title = f"{config.attention}, {config.pos}\nweight of each token (across) for each (down)"
+    figure.suptitle(title, fontsize=9)
     figure.colorbar(image, ax=grid, fraction=0.02)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
-    print(f"{path}: {config.n_layer} layers x {config.n_head} heads over {T} tokens")
+    return figure
+
+
+# --- The program ----------------------------------------------------------------------------------
 
 
 def main(argv=None):
     args = parse(argv)
-    device, out = choose_device(args.device), args.out or newest_run()
-    path = out / "best.pt"
-    model, checkpoint = GPT.load(
-        path if path.exists() else out / "last.pt", device
-    )  # stopped before it was validated
-    tokenizer, context = tokenizer_from(checkpoint["tokenizer"]), autocast(device, args.dtype)
-    kernel = model.eval().use_kernel(args.kernel, context)
+    device = choose_device(args.device)
+    path = find_checkpoint(args.out or newest_run())
+    model, checkpoint = GPT.load(path)
+    model.to(device)
+    print(describe(path, model, checkpoint), file=sys.stderr, flush=True)
+    tokenizer = tokenizer_from(checkpoint["tokenizer"])
     prompt = read_prompt(args, tokenizer)
-    idx = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))[None].to(device)
+    idx = torch.tensor(tokenizer.encode(prompt), device=device)[None]  # (1, T)
+
     if args.attention_map:
-        return draw_attention(model, tokenizer, idx, args.attention_map)
+        figure = draw_attention(model, tokenizer, idx)
+        write_atomically(
+            args.attention_map, lambda file: figure.savefig(file, format="png", dpi=150)
+        )
+        print(f"{args.attention_map}: attention weights over {idx.size(1)} tokens")
+        return
+
+    context = autocast(device, args.dtype)
+    kernel = choose_kernel(model, args.kernel, context)
     torch.manual_seed(args.seed)
-    seconds, count = 0.0, args.num_samples * args.max_new_tokens
+    started = time.perf_counter()
     with context:
         for number in range(args.num_samples):
-            print("-" * 80 + "\n" + prompt if number else prompt, end="", flush=True)
+            if number > 0:
+                print("-" * 80)
+            print(prompt, end="", flush=True)
             tokens = model.generate(
                 idx, args.max_new_tokens, args.temperature, args.top_k, args.cache
             )
-            seconds += stream(tokens, tokenizer)
+            stream(tokens, tokenizer)
+        seconds = time.perf_counter() - started
         total, each = model.cache_bytes()
+
+    count = args.num_samples * args.max_new_tokens
     memory = f"cache of {total:,} bytes, {each:,} a token" if args.cache else "no cache"
     print(
-        f"{model.config.attention}, {model.config.pos}, {out}: {count:,} tokens in {seconds:.1f} s, "
-        f"{count / seconds:.0f} tokens/s; {memory}, attention by {kernel}",
+        f"{count:,} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s; {memory}; attention "
+        f"by {kernel}",
         file=sys.stderr,
     )
 
