@@ -211,16 +211,17 @@ def test_tokens_are_written_in_whole_characters(capsys):
     assert capsys.readouterr().out == "小狗!\N{REPLACEMENT CHARACTER}\n"
 
 
-def test_a_token_is_written_before_the_next_is_made(capsys):
-    written = []
+def test_a_token_is_written_before_the_next_is_made(monkeypatch):
+    output, written = io.BytesIO(), []
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output))
 
     def tokens():
         for char in b"abc":
             yield torch.tensor([[char]])
-            written.append(capsys.readouterr().out)
+            written.append(output.getvalue())
 
     sample.stream(tokens(), Bytes())
-    assert written == ["a", "b", "c"]
+    assert written == [b"a", b"ab", b"abc"]
 
 
 def program(output):
@@ -418,6 +419,19 @@ def test_a_map_of_signs_that_the_font_lacks_is_drawn_without_a_warning(tmp_path)
     model = small_model(vocab_size=tokenizer.vocab_size)
     figure = sample.draw_attention(model, tokenizer, torch.arange(11)[None])
     figure.savefig(tmp_path / "map.png")
+
+
+class Formula:
+    """A tokenizer all of whose tokens look like a formula that is none."""
+
+    def decode(self, ids):
+        return "$^$"
+
+
+def test_a_token_is_not_read_as_a_formula(tmp_path):
+    figure = sample.draw_attention(small_model(), Formula(), torch.arange(5)[None])
+    figure.savefig(tmp_path / "map.png")
+    assert figure.axes[0].get_xticklabels()[0].get_text() == "$^$"
 
 
 def test_a_long_prompt_has_no_labels():
