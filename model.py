@@ -680,6 +680,13 @@ class GPT(nn.Module):
             std /= math.sqrt(2 * self.config.n_layer)
         nn.init.normal_(parameter, std=std)
 
+    def embed(self, idx, start=0):
+        """Tokens idx (B, T), of which the first stands at position `start`, to (B, T, C)."""
+        x = self.wte(idx)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[start : start + idx.size(1)]
+        return F.dropout(x, self.config.dropout, self.training)
+
     def forward(self, idx, targets=None, cache=None):
         """Next-token logits and loss.
 
@@ -692,10 +699,7 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{start} + {T} tokens are more than the context of {block_size}; crop them"
             )
-        x = self.wte(idx)  # (B, T, C)
-        if self.wpe is not None:
-            x = x + self.wpe.weight[start : start + T]
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = self.embed(idx, start)
         for i, block in enumerate(self.blocks):
             x = block(x, start, None if cache is None else cache[i])
         if targets is None:
@@ -750,21 +754,15 @@ class GPT(nn.Module):
         checkpoint itself, a dict. Raises UserError."""
         if not Path(path).is_file():
             raise UserError(f"there is no checkpoint {path}; train a model first: python train.py")
+        unreadable = OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             if checkpoint["format"] != CHECKPOINT_FORMAT:
-                raise LookupError("older code wrote it")
-        except (
-            OSError,
-            RuntimeError,
-            LookupError,
-            TypeError,
-            EOFError,
-            pickle.UnpicklingError,
-        ) as error:
+                raise LookupError
+        except unreadable:
             raise UserError(
-                f"{path} is no checkpoint of this code ({describe_error(error)}); take another, or "
-                "train again"
+                f"{path} cannot be read, or is no checkpoint of this code; take another, or train "
+                "again"
             ) from None
         try:
             model = cls(GPTConfig(**checkpoint["model_config"]))
@@ -783,7 +781,9 @@ def sample(logits, temperature, top_k):
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    return torch.multinomial(torch.softmax(logits.float() / temperature, dim=-1), 1)
+    # Less the largest one, so that no temperature makes them infinite.
+    logits = logits.float() - logits.max(-1, keepdim=True).values
+    return torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
 
 
 # The format of a checkpoint goes up when older ones would mean something else.

@@ -162,9 +162,7 @@ def attention_weights(model, idx):
     (n_layer, H, T, T). Attention mixes values. Where these are the rows of the identity, what it
     makes of them are the weights themselves."""
     T, layers = idx.size(1), []
-    x = model.wte(idx)  # (1, T, C)
-    if model.wpe is not None:
-        x = x + model.wpe.weight[:T]
+    x = model.embed(idx)  # (1, T, C)
     for block in model.blocks:
         attention, normed = block.attention, block.ln_1(x)
         memory = attention.write(normed, 0)

@@ -124,6 +124,7 @@ def frequencies(temperature, top_k=None):
         (1.0, 100, [0, 1 / 6, 2 / 6, 3 / 6]),  # more than there are: all
         (1.0, 1, [0, 0, 0, 1]),
         (0, None, [0, 0, 0, 1]),
+        (1e-30, None, [0, 0, 0, 1]),
     ],
 )
 def test_a_tokens_distribution(temperature, top_k, expected):
