@@ -1,30 +1,45 @@
-"""Attention without keys in one fused kernel: K is never in memory, because it never exists.
+"""Causal attention in one fused kernel: with keys or without, and with a power law of distance.
 
-QV and QV-Ka (see model.py) score a query against what is remembered of token j: its value v_j and, for QV-Ka, a context
-vector g_j that all heads share. With [q_ctx ; q] = W_K q, the query into which QV-Ka folds its W_K,
-
-    s_ij = (q_ctx_i . g_j + q_i . v_j) / sqrt(D) - a_h log(1 + i - j)         the last term only under decay
+    s_ij = scale (q_i . k_j + q_ctx_i . g_j) - a_h log(1 + i - j)
     p_ij = softmax over j <= i of s_ij
     o_i  = sum_j p_ij v_j
 
-so a tile of V, once loaded, serves both products: V is the key and the value. The softmax is computed tile by tile and
-no score leaves the chip (FlashAttention, arXiv:2205.14135, 2307.08691). What is saved for the backward pass is o and
-lse_i = log sum_j exp(s_ij), from which p_ij = exp(s_ij - lse_i) is computed again. With delta_i = dO_i . o_i,
+The second product and the last term are there only if asked for, and scale is 1 / sqrt(D) unless
+another one is given. A context g_j is a key that all heads share. The value v_j may be the key, too:
+then no k exists, and a tile of V, once loaded, serves both products. So this is every attention of
+model.py:
 
-    ds_ij    = p_ij (dO_i . v_j - delta_i) / sqrt(D)          the gradient of the products, q_ctx_i . g_j + q_i . v_j
-    dq_i     = sum_j ds_ij v_j
+    qkv, gqa   attention(q, v, k)
+    mla        attention(q, v, k), under rope with q_ctx and ctx for its rotary key
+    qv         attention(q, v)
+    qv_ka      attention(q, v, k) with keys [g; v] W_K that were made before; or, where they cannot
+               be made, attention(q_v, v, q_ctx=q_ctx, ctx=g) with the query [q_ctx; q_v] = W_K q
+
+The softmax is computed tile by tile and no score leaves the chip (FlashAttention, arXiv:2205.14135
+and 2307.08691). What is saved for the backward pass is o and lse_i = log sum_j exp(s_ij), from which
+p_ij = exp(s_ij - lse_i) is computed again. With delta_i = dO_i . o_i,
+
+    ds_ij    = scale p_ij (dO_i . v_j - delta_i)     the gradient of the products, q_i . k_j + ...
+    dq_i     = sum_j ds_ij k_j
     dq_ctx_i = sum_j ds_ij g_j
-    dv_j     = sum_i p_ij dO_i + ds_ij q_i                    as a value and as a key: one sum
+    dv_j     = sum_i p_ij dO_i
+    dk_j     = sum_i ds_ij q_i                       added to dv_j where the value is the key
     dg_j     = sum_h sum_i ds_ij q_ctx_i
-    da_h     = - sqrt(D) sum_ij ds_ij log(1 + i - j)
+    da_h     = - sum_ij ds_ij log(1 + i - j) / scale
 
-Backward is two kernels, one for sums over queries, one for sums over tokens: 7 products of tiles where one kernel has
-5, but then each number is summed by one program in a fixed order, without atomics, and is the same in every run.
+Backward is two kernels, one for sums over tokens j, one for sums over queries i. They compute 7
+products of tiles where one kernel would compute 5, but each number is summed by one program in a
+fixed order, without atomics, and is the same in every run.
 
-Letters: B batch, T queries (the last T of the S tokens), S remembered tokens, H heads, G value heads (query head h asks
-value head h // (H / G)), D head width, E width of the context (0: none); M x N, a tile: M queries by N tokens.
-A GPU's exponential has base 2, so scores are kept as s_ij log2(e): `scale`, log2(e) / sqrt(D), multiplies the products,
-and the distance's logarithm has base 2, too; a_h stays what it is.
+Letters: B batch, T queries (the last T of the S tokens), S remembered tokens, H heads, G heads of
+keys and values (query head h asks head h // (H / G)), D head width, E width of the context (0: there
+is none); M x N is a tile: M queries by N tokens. A GPU's exponential has base 2, so of exponents
+the kernels keep
+
+    log2(e) s_ij = scale2 (q_i . k_j + q_ctx_i . g_j - a log2(1 + i - j))
+
+with scale2 = log2(e) scale and a = a_h / scale2: one multiply-add for the distance, and one for what
+the exponential takes.
 
     python kernel.py      tests/benchmark.py: time and memory; without a GPU, what the compiler made
 """
@@ -34,96 +49,99 @@ from __future__ import annotations
 import functools
 import math
 import os
-import subprocess
 import sys
 
 import torch
 
-from prepare import UserError, describe_error
-
 try:
     import triton
     import triton.language as tl
-    from triton.errors import TritonError
     from triton.language.extra import libdevice
 except ImportError:  # importing this file always works; calls say what is missing
-    triton, TritonError = None, RuntimeError
-
-# Sizes that change from call to call are no reason to compile anew. (Triton would, for a 1 and for multiples of 16.)
-jit = (
-    functools.partial(triton.jit, do_not_specialize=("T", "S", "H", "G"))
-    if triton
-    else lambda function: function
-)
-TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-}  # what `trial` takes for rounding
+    triton = None
 
 
-def qv_attention_plain(q, v, q_ctx=None, ctx=None, decay=None):
-    """qv_attention in plain PyTorch, with all T x S scores in memory: what the kernels have to compute."""
+def jit(function):
+    """triton.jit, for which a size that changes from call to call is no reason to compile anew.
+    (Triton would, for a size of 1 and for multiples of 16.)"""
+    if triton is None:
+        return function
+    return triton.jit(function, do_not_specialize=("T", "S", "H", "G"))
+
+
+def attention_plain(q, v, k=None, q_ctx=None, ctx=None, decay=None, scale=None):
+    """`attention` in plain PyTorch, with all T x S scores in memory: what the kernels compute."""
     (_, T, H, D), (S, G) = q.shape, v.shape[1:3]
     v = v.repeat_interleave(H // G, dim=2)  # (B, S, H, D)
-    s = torch.einsum("bthd,bshd->bhts", q, v)
+    k = v if k is None else k.repeat_interleave(H // G, dim=2)
+    s = torch.einsum("bthd,bshd->bhts", q, k)
     if ctx is not None:
         s = s + torch.einsum("bthe,bse->bhts", q_ctx, ctx)
-    s = s / math.sqrt(D)
-    distance = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(
-        S, device=q.device
-    )  # (T, S)
+    s = s * (D**-0.5 if scale is None else scale)
+    position = torch.arange(S, device=q.device)
+    distance = position[S - T :, None] - position  # (T, S)
     if decay is not None:
         s = s - decay[:, None, None] * torch.log1p(distance.clamp(min=0).to(s.dtype))
     p = s.masked_fill(distance < 0, -math.inf).softmax(-1)  # (B, H, T, S)
     return torch.einsum("bhts,bshd->bthd", p, v)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pieces of the kernels. A tensor (B, rows, heads, width) reaches them as a tuple: its pointer, and the strides of its
-# sequences, rows and heads. One without width, (B, T, H), has a number per query: a width of 1. Positions are floats,
-# exact ones: to convert integers, tile after tile, is slow on a GPU.
+def decode_plain(q, v, q_ctx=None, ctx=None, decay=None, lengths=None):
+    """`decode` likewise, one sequence after the other."""
+    outs = []
+    for b, n in enumerate(lengths.tolist()):
+        sequence = slice(b, b + 1)
+        q_b, v_b = q[sequence], v[sequence, :n]
+        q_ctx_b = None if ctx is None else q_ctx[sequence]
+        ctx_b = None if ctx is None else ctx[sequence, :n]
+        outs.append(attention_plain(q_b, v_b, q_ctx=q_ctx_b, ctx=ctx_b, decay=decay))
+    return torch.cat(outs)  # (B, 1, H, D)
+
+
+# -----------------------------------------------------------------------------
+# Pieces of the kernels. A tensor (B, rows, heads, width) reaches them as a tuple: its pointer, and
+# the strides of its sequences, rows and heads. A context, (B, rows, width), has one head, number 0.
+# What was not given is None, all through. Positions are floats, exact ones: to convert integers,
+# tile after tile, is slow on a GPU.
 
 
 @jit
 def rows(x, b, h, start, R: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr):
     """Pointers to R rows of HEADS heads side by side, (R, HEADS W)."""
     pointer, x_b, x_row, x_h = x
-    row, column = (
-        tl.cast(start, tl.int64) + tl.arange(0, R)[:, None],
-        tl.arange(0, HEADS * W).to(tl.int64)[None, :],
-    )
+    row = tl.cast(start, tl.int64) + tl.arange(0, R)[:, None]
+    column = tl.arange(0, HEADS * W).to(tl.int64)[None, :]
     if HEADS > 1:
         column = column // W * x_h + column % W
     return pointer + b * x_b + row * x_row + h * x_h + column
 
 
 @jit
-def load(
-    x,
-    b,
-    h,
-    start,
-    stop,
-    R: tl.constexpr,
-    W: tl.constexpr,
-    EDGE: tl.constexpr = True,
-    HEADS: tl.constexpr = 1,
-):
+def load(x, b, h, start, stop, R: tl.constexpr, W: tl.constexpr,
+         EDGE: tl.constexpr = True, HEADS: tl.constexpr = 1):  # fmt: skip
     """R rows from `start` on as a tile, (R, HEADS W). At a tensor's EDGE, those from `stop` on are 0."""
-    at = rows(x, b, h, start, R, W, HEADS)
-    return (
-        tl.load(at, mask=start + tl.arange(0, R)[:, None] < stop, other=0.0)
-        if EDGE
-        else tl.load(at)
-    )
+    if x is None:
+        tile = None
+    elif EDGE:
+        inside = start + tl.arange(0, R)[:, None] < stop
+        tile = tl.load(rows(x, b, h, start, R, W, HEADS), mask=inside, other=0.0)
+    else:
+        tile = tl.load(rows(x, b, h, start, R, W, HEADS))
+    return tile
 
 
 @jit
 def store(x, tile, b, h, start, stop, R: tl.constexpr, W: tl.constexpr):
     """Writes a tile's rows below `stop`."""
-    if W > 0:
-        tl.store(rows(x, b, h, start, R, W, 1), tile, mask=start + tl.arange(0, R)[:, None] < stop)
+    if x is not None:
+        inside = start + tl.arange(0, R)[:, None] < stop
+        tl.store(rows(x, b, h, start, R, W, 1), tile, mask=inside)
+
+
+@jit
+def zeros(x, R: tl.constexpr, W: tl.constexpr):
+    """An empty sum for the tensor x, (R, W)."""
+    return None if x is None else tl.zeros([R, W], tl.float32)
 
 
 @jit
@@ -132,676 +150,533 @@ def dot(x, y, acc):
     return tl.dot(x.to(y.dtype), y, acc, input_precision="ieee")
 
 
-# TRITON_INTERPRET=1, set before the first import of triton, runs these kernels on the CPU: `jit` is another one then.
-INTERPRETED = tl.constexpr(not isinstance(dot, triton.JITFunction)) if triton else False
+# TRITON_INTERPRET=1, set before the first import of triton, runs the kernels on the CPU: triton.jit
+# is another one then.
+if triton:
+    INTERPRETED = tl.constexpr(not isinstance(dot, triton.JITFunction))
+    LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @jit
-def scores(
-    x, y, x_ctx, y_ctx, span, a, scale, E: tl.constexpr, DECAY: tl.constexpr, MASK: tl.constexpr
-):
-    """s_ij log2(e) of a tile, and log2 of its spans, 1 + i - j. x are queries and y tokens, or the other way round."""
+def exponent(decay, h, scale2):
+    """The a of head h, on the scale of the products."""
+    return None if decay is None else tl.load(decay + h).to(tl.float32) / scale2
+
+
+@jit
+def scores(x, y, x_ctx, y_ctx, span, a, MASK: tl.constexpr):
+    """log2(e) s_ij / scale2 of a tile; and, under decay, log2 of its spans, 1 + i - j.
+    x are queries and y tokens, or the other way round. Without MASK no query meets the future."""
     s = dot(x, tl.trans(y), None)
-    s = (dot(x_ctx, tl.trans(y_ctx), s) if E > 0 else s) * scale
-    log_span = 0.0
-    if (
-        DECAY
-    ):  # fast_log2f is one instruction, right to 2^-22; tl.log2 takes twenty for the last bits
-        log_span = (
-            tl.log2(tl.maximum(span, 1.0))
-            if INTERPRETED
-            else libdevice.fast_log2f(tl.maximum(span, 1.0))
-        )
+    if x_ctx is not None:
+        s = dot(x_ctx, tl.trans(y_ctx), s)
+    log_span = None
+    if a is not None:
+        past = tl.maximum(span, 1.0) if MASK else span
+        # fast_log2f is one instruction, right to 2^-22; tl.log2 takes twenty for the last bits.
+        log_span = tl.log2(past) if INTERPRETED else libdevice.fast_log2f(past)
         s -= a * log_span
-    s = tl.where(span > 0, s, -float("inf")) if MASK else s  # else no query meets the future
+    if MASK:
+        s = tl.where(span > 0, s, -float("inf"))
     return s, log_span
 
 
 @jit
-def attend(
-    acc,
-    l_i,
-    m_i,
-    q,
-    q_ctx,
-    i,
-    a,
-    v,
-    ctx,
-    b,
-    g,
-    j0,
-    stop,
-    scale,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    DECAY: tl.constexpr,
-    N: tl.constexpr,
-    EDGE: tl.constexpr,
-    HEADS: tl.constexpr = 1,
-):
-    """Adds N tokens to a running softmax over M rows: acc (M, D), their sum l_i and maximum m_i so far, (M, 1)."""
-    v_tile = load(v, b, g, j0, stop, N, D, EDGE, HEADS)  # (N, D), the only load of V
-    ctx_tile = load(ctx, b, 0, j0, stop, N, E, EDGE) if E > 0 else 0.0  # (N, E)
-    span = 1 + i - j0 - tl.arange(0, N).to(tl.float32)[None, :]
-    s, _ = scores(q, v_tile, q_ctx, ctx_tile, span, a, scale, E, DECAY, EDGE)  # (M, N)
-    m_new = tl.maximum(m_i, tl.max(s, 1, keep_dims=True))
-    p = tl.exp2(s - m_new)
+def attend(acc, l_i, m_i, s, v_tile, scale2):
+    """Adds N tokens to a running softmax over M rows: acc (M, D), and their sum l_i and maximum m_i
+    so far, (M, 1)."""
+    m_new = tl.maximum(m_i, tl.max(s, 1, keep_dims=True) * scale2)
+    p = tl.exp2(s * scale2 - m_new)
     alpha = tl.exp2(m_i - m_new)
     return dot(p, v_tile, acc * alpha), l_i * alpha + tl.sum(p, 1, keep_dims=True), m_new
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Forward: one program per head and M queries, which walks over the tokens that they see. Loops are compiled twice: with
-# masks for the tiles on the diagonal, then without for the FULL ones, which all queries see. (In the other order, the
-# compiler has Hopper's tensor cores wait after each single product.)
+# -----------------------------------------------------------------------------
+# Forward: one program for each head and M queries, which walks over the tokens that they see. Loops
+# are compiled twice: with masks for the tiles on the diagonal, then without for the FULL ones, which
+# all queries see. (In the other order, the compiler has Hopper's tensor cores wait after each
+# single product.)
 
 
 @jit
-def forward_kernel(
-    q,
-    v,
-    q_ctx,
-    ctx,
-    decay,
-    T,
-    S,
-    H,
-    G,
-    scale,
-    out,
-    lse,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    DECAY: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
+def forward_kernel(inputs, T, S, H, G, scale, out, lse,
+                   D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    q, v, k, q_ctx, ctx, decay = inputs
+    scale2 = scale * LOG2_E
     b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
+    g = h // (H // G)
+    a = exponent(decay, h, scale2)
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * M  # those that see most tokens start first
     i = S - T + t0 + tl.arange(0, M).to(tl.float32)[:, None]
-    a = tl.load(decay + h).to(tl.float32) if DECAY else 0.0
     q_tile = load(q, b, h, t0, T, M, D)  # (M, D)
-    q_ctx_tile = load(q_ctx, b, h, t0, T, M, E) if E > 0 else 0.0  # (M, E)
-    acc, l_i = tl.zeros([M, D], tl.float32), tl.zeros([M, 1], tl.float32)
+    q_ctx_tile = load(q_ctx, b, h, t0, T, M, E)  # (M, E)
+    acc = tl.zeros([M, D], tl.float32)
+    l_i = tl.zeros([M, 1], tl.float32)
     m_i = tl.full([M, 1], -float("inf"), tl.float32)
-    edge, end = (
-        (S - T + t0) // N * N,
-        tl.minimum(S - T + t0 + M, S),
-    )  # all M queries see all before the edge
+    edge = (S - T + t0) // N * N  # all M queries see all tokens before it
+    end = tl.minimum(S - T + t0 + M, S)
     for FULL in tl.static_range(2):
         for j0 in range(0 if FULL else edge, edge if FULL else end, N):
-            acc, l_i, m_i = attend(
-                acc,
-                l_i,
-                m_i,
-                q_tile,
-                q_ctx_tile,
-                i,
-                a,
-                v,
-                ctx,
-                b,
-                h // (H // G),
-                j0,
-                S,
-                scale,
-                D,
-                E,
-                DECAY,
-                N,
-                not FULL,
-            )
+            v_tile = load(v, b, g, j0, S, N, D, not FULL)  # (N, D), the only load of V
+            k_tile = v_tile if k is None else load(k, b, g, j0, S, N, D, not FULL)
+            ctx_tile = load(ctx, b, 0, j0, S, N, E, not FULL)  # (N, E)
+            span = 1 + i - j0 - tl.arange(0, N).to(tl.float32)[None, :]  # (M, N)
+            s, _ = scores(q_tile, k_tile, q_ctx_tile, ctx_tile, span, a, not FULL)
+            acc, l_i, m_i = attend(acc, l_i, m_i, s, v_tile, scale2)
     store(out, acc / l_i, b, h, t0, T, M, D)
     store(lse, m_i + tl.log2(l_i), b, h, t0, T, M, 1)  # in base 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Backward: delta, then the tokens' gradients by programs that each own N tokens of a query head, then the queries' by
-# programs like forward's. What several heads share, a context or a value, gets a gradient from each: summed in PyTorch.
+# -----------------------------------------------------------------------------
+# Backward: scale delta, then the tokens' gradients by programs that each own N tokens of a query
+# head, then the queries' by programs like forward's. What several heads share gets a gradient from
+# each of them: summed in PyTorch. `rest` is lse beside scale delta, (M, 2): of a tile with fewer
+# numbers than threads, Triton 3.6 has each thread fetch many copies.
 
 
 @jit
-def delta_kernel(out, d_out, delta, T, H, D: tl.constexpr, M: tl.constexpr):
+def delta_kernel(out, d_out, lse, rest, T, H, scale, D: tl.constexpr, M: tl.constexpr):
     b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
     t0 = tl.program_id(1) * M
-    product = load(out, b, h, t0, T, M, D).to(tl.float32) * load(d_out, b, h, t0, T, M, D).to(
-        tl.float32
-    )
-    store(delta, tl.sum(product, 1, keep_dims=True), b, h, t0, T, M, 1)
+    o = load(out, b, h, t0, T, M, D).to(tl.float32)
+    delta = tl.sum(o * load(d_out, b, h, t0, T, M, D).to(tl.float32), 1)  # (M,)
+    lse_tile = tl.reshape(load(lse, b, h, t0, T, M, 1), (M,))
+    store(rest, tl.join(lse_tile, scale * delta), b, h, t0, T, M, 2)
 
 
 @jit
-def token_backward_kernel(
-    q,
-    v,
-    q_ctx,
-    ctx,
-    decay,
-    T,
-    S,
-    H,
-    G,
-    scale,
-    d_out,
-    lse,
-    delta,
-    d_v,
-    d_ctx,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    DECAY: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
-    """Scores lie on their side here, (N, M), so that p and ds come out of one product as the next one needs them.
-    Queries from T on add nothing, for their dO and delta are 0, and p is at most 1, as q and lse are 0 and a_h > 0."""
+def token_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_v, d_k, d_ctx,
+                          D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """Scores lie on their side here, (N, M), so that p and ds come out of one product as the next
+    one needs them. Queries from T on add nothing: their dO and delta are 0, and their p is at most 1,
+    as their q and lse are 0 and a_h > 0."""
+    q, v, k, q_ctx, ctx, decay = inputs
+    scale2 = scale * LOG2_E
     b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
+    g = h // (H // G)
+    a = exponent(decay, h, scale2)
     j0 = tl.program_id(1) * N
     j = j0 + tl.arange(0, N).to(tl.float32)[:, None]
-    a = tl.load(decay + h).to(tl.float32) if DECAY else 0.0
-    v_tile = load(v, b, h // (H // G), j0, S, N, D)  # (N, D)
-    ctx_tile = load(ctx, b, 0, j0, S, N, E) if E > 0 else 0.0  # (N, E)
-    d_v_tile = tl.zeros([N, D], tl.float32)
-    d_ctx_tile = tl.zeros([N, E], tl.float32) if E > 0 else 0.0
-    start = tl.maximum(j0 - (S - T), 0) // M * M  # here queries begin to see some of
-    edge = (
-        tl.minimum(tl.cdiv(tl.maximum(j0 + N - 1 - (S - T), 0), M), tl.cdiv(T, M)) * M
-    )  # N; and here, all N
+    v_tile = load(v, b, g, j0, S, N, D)  # (N, D)
+    k_tile = v_tile if k is None else load(k, b, g, j0, S, N, D)
+    ctx_tile = load(ctx, b, 0, j0, S, N, E)  # (N, E)
+    d_v_tile, d_k_tile, d_ctx_tile = zeros(v, N, D), zeros(k, N, D), zeros(ctx, N, E)
+    start = tl.maximum(j0 - (S - T), 0) // M * M  # here queries begin to see some of the N tokens
+    edge = tl.cdiv(tl.maximum(j0 + N - 1 - (S - T), 0), M) * M  # and here all of them
+    edge = tl.minimum(edge, tl.cdiv(T, M) * M)
     for FULL in tl.static_range(2):
         for t0 in range(edge if FULL else start, T if FULL else edge, M):
             q_tile = load(q, b, h, t0, T, M, D)  # (M, D)
-            q_ctx_tile = load(q_ctx, b, h, t0, T, M, E) if E > 0 else 0.0  # (M, E)
+            q_ctx_tile = load(q_ctx, b, h, t0, T, M, E)  # (M, E)
             d_out_tile = load(d_out, b, h, t0, T, M, D)  # (M, D)
+            lse, delta = tl.split(load(rest, b, h, t0, T, M, 2))  # (M,)
             span = 1 + S - T + t0 + tl.arange(0, M).to(tl.float32)[None, :] - j  # (N, M)
-            s, _ = scores(v_tile, q_tile, ctx_tile, q_ctx_tile, span, a, scale, E, DECAY, not FULL)
-            p = tl.exp2(s - tl.trans(load(lse, b, h, t0, T, M, 1)))
-            d_v_tile = dot(p, d_out_tile, d_v_tile)  # as a value ...
+            s, _ = scores(k_tile, q_tile, ctx_tile, q_ctx_tile, span, a, not FULL)
+            p = tl.exp2(s * scale2 - lse[None, :])
+            d_v_tile = dot(p, d_out_tile, d_v_tile)
             d_p = dot(v_tile, tl.trans(d_out_tile), None)
-            ds = p * (d_p - tl.trans(load(delta, b, h, t0, T, M, 1))) * D**-0.5
-            d_v_tile = dot(ds, q_tile, d_v_tile)  # ... and as a key, in the same sum
-            if E > 0:
+            ds = p * (d_p * scale - delta[None, :])
+            if k is None:
+                d_v_tile = dot(ds, q_tile, d_v_tile)  # as a key, in the same sum
+            else:
+                d_k_tile = dot(ds, q_tile, d_k_tile)
+            if ctx is not None:
                 d_ctx_tile = dot(ds, q_ctx_tile, d_ctx_tile)
     store(d_v, d_v_tile, b, h, j0, S, N, D)
+    store(d_k, d_k_tile, b, h, j0, S, N, D)
     store(d_ctx, d_ctx_tile, b, h, j0, S, N, E)
 
 
 @jit
-def query_backward_kernel(
-    q,
-    v,
-    q_ctx,
-    ctx,
-    decay,
-    T,
-    S,
-    H,
-    G,
-    scale,
-    d_out,
-    lse,
-    delta,
-    d_q,
-    d_q_ctx,
-    d_decay,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    DECAY: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
+def query_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_q, d_q_ctx, d_decay,
+                          D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    q, v, k, q_ctx, ctx, decay = inputs
+    scale2 = scale * LOG2_E
     b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
+    g = h // (H // G)
+    a = exponent(decay, h, scale2)
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
     i = S - T + t0 + tl.arange(0, M).to(tl.float32)[:, None]
-    a = tl.load(decay + h).to(tl.float32) if DECAY else 0.0
     q_tile = load(q, b, h, t0, T, M, D)  # (M, D)
-    q_ctx_tile = load(q_ctx, b, h, t0, T, M, E) if E > 0 else 0.0  # (M, E)
+    q_ctx_tile = load(q_ctx, b, h, t0, T, M, E)  # (M, E)
     d_out_tile = load(d_out, b, h, t0, T, M, D)  # (M, D)
-    lse_tile = load(lse, b, h, t0, T, M, 1)  # (M, 1)
-    delta_tile = load(delta, b, h, t0, T, M, 1)  # (M, 1)
-    d_q_tile, d_a = tl.zeros([M, D], tl.float32), tl.zeros([M, 1], tl.float32)
-    d_q_ctx_tile = tl.zeros([M, E], tl.float32) if E > 0 else 0.0
-    edge, end = (S - T + t0) // N * N, tl.minimum(S - T + t0 + M, S)
+    lse, delta = tl.split(load(rest, b, h, t0, T, M, 2))  # (M,)
+    d_q_tile, d_q_ctx_tile, d_a = zeros(q, M, D), zeros(q_ctx, M, E), zeros(decay, M, 1)
+    edge = (S - T + t0) // N * N
+    end = tl.minimum(S - T + t0 + M, S)
     for FULL in tl.static_range(2):
         for j0 in range(0 if FULL else edge, edge if FULL else end, N):
-            v_tile = load(v, b, h // (H // G), j0, S, N, D, not FULL)  # (N, D)
-            ctx_tile = load(ctx, b, 0, j0, S, N, E, not FULL) if E > 0 else 0.0  # (N, E)
+            v_tile = load(v, b, g, j0, S, N, D, not FULL)  # (N, D)
+            k_tile = v_tile if k is None else load(k, b, g, j0, S, N, D, not FULL)
+            ctx_tile = load(ctx, b, 0, j0, S, N, E, not FULL)  # (N, E)
             span = 1 + i - j0 - tl.arange(0, N).to(tl.float32)[None, :]  # (M, N)
-            s, log_span = scores(
-                q_tile, v_tile, q_ctx_tile, ctx_tile, span, a, scale, E, DECAY, not FULL
-            )
-            p = tl.exp2(s - lse_tile)
-            ds = p * (dot(d_out_tile, tl.trans(v_tile), None) - delta_tile) * D**-0.5
-            d_q_tile = dot(ds, v_tile, d_q_tile)
-            if E > 0:
+            s, log_span = scores(q_tile, k_tile, q_ctx_tile, ctx_tile, span, a, not FULL)
+            p = tl.exp2(s * scale2 - lse[:, None])
+            d_p = dot(d_out_tile, tl.trans(v_tile), None)
+            ds = p * (d_p * scale - delta[:, None])
+            d_q_tile = dot(ds, k_tile, d_q_tile)
+            if ctx is not None:
                 d_q_ctx_tile = dot(ds, ctx_tile, d_q_ctx_tile)
-            d_a += tl.sum(ds * log_span, 1, keep_dims=True) if DECAY else 0.0
+            if decay is not None:
+                d_a += tl.sum(ds * log_span, 1, keep_dims=True)
     store(d_q, d_q_tile, b, h, t0, T, M, D)
     store(d_q_ctx, d_q_ctx_tile, b, h, t0, T, M, E)
-    store(d_decay, d_a, b, h, t0, T, M, 1)  # summed, to base e, in PyTorch
+    store(d_decay, d_a, b, h, t0, T, M, 1)  # summed, and turned to base e, in PyTorch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding: one query per sequence, so reading the cache is all that takes time. A program reads part of a sequence for
-# a few value heads that lie side by side: a row of 4 heads of width 64 is 512 bytes in one piece. So that tensor cores
-# can multiply such rows, the queries stand on a block diagonal,
+# -----------------------------------------------------------------------------
+# Decoding: one query per sequence, so reading the cache is all that takes time. A program reads part
+# of a sequence for a few value heads that lie side by side: a row of 4 heads of width 64 is 512
+# bytes in one piece. So that tensor cores can multiply such rows, the queries stand on a block
+# diagonal,
 #
 #     [q_1  0    0  ]     [v_1]     [q_1 . v_1]
-#     [ 0  q_2   0  ]  x  [v_2]  =  [q_2 . v_2]         v_g: a column of D numbers; q_g: a row per head asking it,
+#     [ 0  q_2   0  ]  x  [v_2]  =  [q_2 . v_2]
 #     [ 0   0   q_3 ]     [v_3]     [q_3 . v_3]
 #
-# and of P V, all values by all weights, the diagonal blocks are the answer. (One head's infinite value is others' NaN.)
+# where v_g is a column of D numbers and there is a row q_g for each head that asks it. Of P V, which
+# is all values by all weights, the diagonal blocks are the answer. (One head's infinite value is
+# NaN for the others.)
 
 
 @jit
-def decode_kernel(
-    q,
-    v,
-    q_ctx,
-    ctx,
-    decay,
-    T,
-    S,
-    H,
-    G,
-    scale,
-    lengths,
-    out,
-    lse,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    DECAY: tl.constexpr,
-    HEADS: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
+def decode_kernel(inputs, S, H, G, scale, lengths, out, lse, D: tl.constexpr, E: tl.constexpr,
+                  HEADS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    q, v, q_ctx, ctx, decay = inputs
+    scale2 = scale * LOG2_E
+    # Which sequence, which value heads, which query heads (a row each), which part of the tokens.
     program, split, n_split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    b, g = (
-        program // (G // HEADS),
-        program % (G // HEADS) * HEADS,
-    )  # its sequence and first value head
-    first, end = g * (H // G), (g + HEADS) * (H // G)  # its query heads, a row each
+    b, g = program // (G // HEADS), program % (G // HEADS) * HEADS
+    first, end = g * (H // G), (g + HEADS) * (H // G)
     h, column = first + tl.arange(0, M)[:, None], tl.arange(0, HEADS * D)[None, :]
     diagonal = h // (H // G) == g + column // D  # (M, HEADS D)
-    q_tile = tl.load(q[0] + b * q[1] + h * q[3] + column % D, mask=diagonal, other=0.0)
-    q_ctx_tile = (
-        load((q_ctx[0], q_ctx[1], q_ctx[3], 0), b, 0, first, end, M, E) if E > 0 else 0.0
-    )  # (M, E)
-    a = tl.load(decay + h, mask=h < end, other=0.0).to(tl.float32) if DECAY else 0.0
     length = tl.minimum(tl.load(lengths + b), S).to(tl.int32)
     part = tl.cdiv(tl.cdiv(length, N), n_split) * N  # equal parts of each sequence;
-    start, stop = (
-        split * part,
-        tl.minimum(split * part + part, length),
-    )  # the last ones may be empty
-    acc, l_i = tl.zeros([M, HEADS * D], tl.float32), tl.zeros([M, 1], tl.float32)
+    start, stop = split * part, tl.minimum(split * part + part, length)  # the last may be empty
+
+    q_tile = tl.load(q[0] + b * q[1] + h * q[3] + column % D, mask=diagonal, other=0.0)
+    if ctx is None:
+        q_ctx_tile = None
+    else:
+        heads_as_rows = q_ctx[0], q_ctx[1], q_ctx[3], 0
+        q_ctx_tile = load(heads_as_rows, b, 0, first, end, M, E)  # (M, E)
+    if decay is None:
+        a = None
+    else:
+        a = tl.load(decay + h, mask=h < end, other=0.0).to(tl.float32) / scale2  # (M, 1)
+    acc = tl.zeros([M, HEADS * D], tl.float32)
+    l_i = tl.zeros([M, 1], tl.float32)
     m_i = tl.full([M, 1], -float("inf"), tl.float32)
     for j0 in range(start, stop, N):
-        acc, l_i, m_i = attend(
-            acc,
-            l_i,
-            m_i,
-            q_tile,
-            q_ctx_tile,
-            (length - 1).to(tl.float32),
-            a,
-            v,
-            ctx,
-            b,
-            g,
-            j0,
-            stop,
-            scale,
-            D,
-            E,
-            DECAY,
-            N,
-            True,
-            HEADS,
-        )
+        v_tile = load(v, b, g, j0, stop, N, D, True, HEADS)  # (N, HEADS D)
+        ctx_tile = load(ctx, b, 0, j0, stop, N, E)  # (N, E)
+        span = length - j0 - tl.arange(0, N).to(tl.float32)[None, :]  # (1, N), 1 for the newest
+        s, _ = scores(q_tile, v_tile, q_ctx_tile, ctx_tile, span, a, True)
+        acc, l_i, m_i = attend(acc, l_i, m_i, s, v_tile, scale2)
+    # An empty part answers 0, with the weight 2^-inf.
     at = (b * n_split + split) * H + h
-    tl.store(
-        out + at * D + column % D, acc / tl.where(l_i > 0, l_i, 1.0), mask=diagonal
-    )  # an empty part: 0,
-    tl.store(lse + at, m_i + tl.log2(l_i), mask=h < end)  # of weight 2^-inf
+    tl.store(out + at * D + column % D, acc / tl.where(l_i > 0, l_i, 1.0), mask=diagonal)
+    tl.store(lse + at, m_i + tl.log2(l_i), mask=h < end)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launching them: M, N, warps, pipeline stages and, so that two programs fit a multiprocessor, most registers a thread.
-# By rule, so that no first call waits for a search; in 16 bits nothing spills registers (Triton 3.9).
-TILES = {  #             float32         16 bits, D and E up to 64: A100, H100     16 bits, beyond: A100, H100
+# -----------------------------------------------------------------------------
+# Launching them.
+
+# M, N, warps, pipeline stages and, so that two programs fit a multiprocessor, most registers of a
+# thread. By rule, so that no first call waits for a search; in 16 bits nothing spills registers.
+TILES = {
+    # float32, then 16 bits: D and E up to 64 on A100 and on H100; wider on A100 and on H100
     "forward_kernel": (
-        (16, 16, 4, 1),
-        (128, 64, 8, 2),
-        (128, 64, 8, 3, 128),
-        (64, 32, 4, 2),
-        (128, 64, 8, 3),
-    ),
-    "delta_kernel": 5 * ((64,),),
+        (16, 16, 4, 1), (128, 64, 8, 2), (128, 64, 8, 3, 128), (64, 32, 4, 2), (128, 64, 8, 3)),
+    "delta_kernel": (
+        (64,), (64,), (64,), (64,), (64,)),
     "token_backward_kernel": (
-        (16, 16, 4, 1),
-        (32, 64, 4, 2),
-        (64, 64, 4, 2),
-        (32, 32, 4, 2),
-        (32, 128, 8, 2),
-    ),
+        (16, 16, 4, 1), (32, 64, 4, 2), (64, 64, 4, 2), (32, 32, 4, 2), (32, 128, 8, 2)),
     "query_backward_kernel": (
-        (16, 16, 4, 1),
-        (64, 32, 4, 2),
-        (64, 64, 4, 3),
-        (32, 32, 4, 2),
-        (128, 32, 8, 2),
-    ),
+        (16, 16, 4, 1), (64, 32, 4, 2), (64, 64, 4, 3), (32, 32, 4, 2), (128, 32, 8, 2)),
     "decode_kernel": (
-        (16, 16, 4, 2),
-        (16, 32, 4, 3),
-        (16, 64, 4, 3),
-        (16, 32, 4, 3),
-        (16, 64, 4, 3),
-    ),
-}
+        (16, 16, 4, 2), (16, 32, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3), (16, 64, 4, 3)),
+}  # fmt: skip
 
 
 def options(kernel, dtype, capability, constants):
     """All that a kernel is compiled with, for a GPU of that compute capability."""
-    hopper = capability in (9, 10)  # 10 has as much shared memory as Hopper, 12 has not
-    column = (
-        0
-        if dtype == torch.float32
-        else 1 + hopper + 2 * (max(constants["D"], constants.get("E", 0)) > 64)
-    )
+    if dtype == torch.float32:
+        column = 0
+    else:
+        hopper = capability in (9, 10)  # 10 has as much shared memory as Hopper, 12 has not
+        wide = max(constants["D"], constants.get("E", 0)) > 64
+        column = 1 + hopper + 2 * wide
     tile = dict(zip(("M", "N", "num_warps", "num_stages", "maxnreg"), TILES[kernel][column]))
     return tile | constants | dict(enable_fp_fusion=True)  # not left to Triton's default
 
 
-def launch(kernel, grid, *args, **constants):
-    """Runs a kernel on the device, and with the options for the precision, of its first argument."""
-    x = args[0][0]
-    capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 8
-    if x.is_cuda and torch.version.hip or capability < 8:
-        raise UserError(
-            "the fused kernel needs an NVIDIA GPU of compute capability 8.0 (A100, RTX 30) or newer, and "
-            f"this is {torch.cuda.get_device_name(x.device)}"
+def launch(kernel, grid, q, *args, **constants):
+    """Runs a kernel on the device, and with the options for the precision, of q."""
+    capability = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 8
+    if q.is_cuda and torch.version.hip or capability < 8:
+        raise ValueError(
+            "the fused kernel needs an NVIDIA GPU of compute capability 8.0 (A100, RTX 30) or "
+            f"newer, and this is {torch.cuda.get_device_name(q.device)}"
         )
-    with torch.cuda.device_of(x):
-        kernel[grid](*args, **options(kernel.fn.__name__, x.dtype, capability, constants))
+    with torch.cuda.device_of(q):
+        kernel[grid](*args, **options(kernel.fn.__name__, q.dtype, capability, constants))
 
 
 def strided(*tensors):
-    """Tensors as the kernels take them. A context, (B, S, E), has one head, the only one asked for."""
-    return [x if x is None else (x, *x.stride()[:3]) for x in tensors]
+    """Tensors as the kernels take them."""
+    return tuple(None if x is None else (x, *x.stride()[:3]) for x in tensors)
 
 
-def arguments(q, v, q_ctx, ctx, decay):
-    """What the kernels take first, and what they are compiled for."""
-    (_, T, H, D), (S, G) = q.shape, v.shape[1:3]
-    constants = dict(D=D, E=0 if ctx is None else ctx.size(-1), DECAY=decay is not None)
-    return (
-        *strided(q, v, q_ctx, ctx),
-        decay,
-        T,
-        S,
-        H,
-        G,
-        math.log2(math.e) / math.sqrt(D),
-    ), constants
+def grid(heads, length, letter):
+    """Programs: for each head as many as tiles of M queries, or of N tokens, cover the length."""
+    return lambda tile: (heads, triton.cdiv(length, tile[letter]))
 
 
-def forward(q, v, q_ctx, ctx, decay, launch=launch):
-    """out (B, T, H, D) and, for the backward pass, log2 sum exp of the scores, (B, T, H) float32."""
-    (B, T, H, _), (args, constants) = q.shape, arguments(q, v, q_ctx, ctx, decay)
-    out, lse = q.new_empty(q.shape), numbers(q)
-    launch(
-        forward_kernel,
-        lambda tile: (B * H, triton.cdiv(T, tile["M"])),
-        *args,
-        *strided(out, lse),
-        **constants,
-    )
+def numbers(q, width):
+    """(B, T, H, width) float32, where heads start at multiples of 64 numbers, so that no length T is
+    reason to compile anew."""
+    B, T, H, _ = q.shape
+    made = q.new_empty(B, H, (T + 63) // 64 * 64, width, dtype=torch.float32)
+    return made[:, :, :T].transpose(1, 2)
+
+
+def run_forward(q, v, k, q_ctx, ctx, decay, scale, launch=launch):
+    """The output, (B, T, H, D), and log2 sum_j exp(s_ij) for the backward pass, (B, T, H, 1)."""
+    (B, T, H, D), (S, G) = q.shape, v.shape[1:3]
+    widths = dict(D=D, E=0 if ctx is None else ctx.size(-1))
+    inputs = *strided(q, v, k, q_ctx, ctx), decay
+    out, lse = q.new_empty(q.shape), numbers(q, 1)
+    args = inputs, T, S, H, G, scale, *strided(out, lse)
+    launch(forward_kernel, grid(B * H, T, "M"), q, *args, **widths)
     return out, lse
 
 
-def backward(d_out, q, v, q_ctx, ctx, decay, out, lse, launch=launch):
-    """The gradients of all five inputs, also (empty, or 0) of those that are None."""
-    (B, T, H, D), (S, G), (args, constants) = (
-        q.shape,
-        v.shape[1:3],
-        arguments(q, v, q_ctx, ctx, decay),
-    )
-    by_queries = lambda tile: (B * H, triton.cdiv(T, tile["M"]))
-    by_tokens = lambda tile: (B * H, triton.cdiv(S, tile["N"]))
-    d_out, delta = d_out.contiguous(), numbers(q)  # sum().backward() hands down one number
-    launch(delta_kernel, by_queries, *strided(out, d_out, delta), T, H, D=D)
-    args, E = (*args, *strided(d_out, lse, delta)), constants["E"]
-    d_v, d_ctx = q.new_empty(B, S, H, D), q.new_empty(B, S, H, E)
-    launch(token_backward_kernel, by_tokens, *args, *strided(d_v, d_ctx), **constants)
-    d_v, d_ctx = d_v.unflatten(2, (G, -1)).sum(3), d_ctx.sum(2)  # (B, S, G, D), (B, S, E)
-    d_q, d_q_ctx, d_decay = q.new_empty(B, T, H, D), q.new_empty(B, T, H, E), numbers(q)
-    launch(query_backward_kernel, by_queries, *args, *strided(d_q, d_q_ctx, d_decay), **constants)
-    d_decay = d_decay.sum((0, 1)) * -math.log(2) * math.sqrt(D)  # (H,)
-    return d_q, d_v, d_q_ctx, d_ctx, d_decay.type_as(lse if decay is None else decay)
+def run_backward(d_out, q, v, k, q_ctx, ctx, decay, out, lse, scale, launch=launch):
+    """The gradients of all six tensors; an empty one for each that is None."""
+    (B, T, H, D), (S, G) = q.shape, v.shape[1:3]
+    widths = dict(D=D, E=0 if ctx is None else ctx.size(-1))
+    inputs = *strided(q, v, k, q_ctx, ctx), decay
+    by_queries, by_tokens = grid(B * H, T, "M"), grid(B * H, S, "N")
+
+    d_out = d_out.contiguous()  # sum().backward() hands down one number
+    rest = numbers(q, 2)
+    launch(delta_kernel, by_queries, q, *strided(out, d_out, lse, rest), T, H, scale, D=D)
+    args = inputs, T, S, H, G, scale, *strided(d_out, rest)
+
+    # Every query head has gradients for the tokens: (B, S, H, width), summed over those that share.
+    d_v, d_k, d_ctx = (None if x is None else q.new_empty(B, S, H, x.size(-1)) for x in (v, k, ctx))
+    launch(token_backward_kernel, by_tokens, q, *args, *strided(d_v, d_k, d_ctx), **widths)
+    if G < H:
+        d_v = d_v.unflatten(2, (G, -1)).sum(3)  # (B, S, G, D)
+        d_k = None if k is None else d_k.unflatten(2, (G, -1)).sum(3)
+    d_ctx = None if ctx is None else d_ctx.sum(2)  # (B, S, E)
+
+    d_q, d_q_ctx = (None if x is None else q.new_empty(x.shape) for x in (q, q_ctx))
+    d_decay = None if decay is None else numbers(q, 1)
+    args = *args, *strided(d_q, d_q_ctx, d_decay)
+    launch(query_backward_kernel, by_queries, q, *args, **widths)
+    if decay is not None:
+        d_decay = (d_decay.sum((0, 1, 3)) * -math.log(2) / scale).type_as(decay)  # (H,)
+    found = d_q, d_v, d_k, d_q_ctx, d_ctx, d_decay
+    return tuple(q.new_empty(0) if x is None else x for x in found)
 
 
-def decode(q, v, q_ctx, ctx, decay, lengths, launch=launch):
-    """(B, 1, H, D): in as many parts as the GPU can read at once, of which the mean is taken."""
+@functools.cache
+def parts(programs, tiles, at_once):
+    """How many parts each sequence is read in, so that the GPU is done first: it runs at_once
+    programs at a time, wave after wave, and a program takes the time of its tiles and about three
+    more."""
+
+    def time(n):
+        waves = triton.cdiv(programs * n, at_once)
+        return waves * (triton.cdiv(tiles, n) + 3)
+
+    return min(range(1, min(tiles, 64) + 1), key=time)
+
+
+def run_decode(q, v, q_ctx, ctx, decay, lengths, launch=launch):
+    """The output, (B, 1, H, D): of parts of a sequence, the mean."""
     (B, _, H, D), (S, G) = q.shape, v.shape[1:3]
-    heads = next(
-        n for n in (16, 8, 4, 2, 1) if n == 1 or G % n == 0 and n * D <= 256 and n * H // G <= 16
-    )
-    processors = (
-        torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-    )
-    at_once = processors * (3 if ctx is None else 2)  # what shared memory has room for
-    n_split = max(1, min(at_once // (B * G // heads), 64, triton.cdiv(S, 64)))
-    out, lse = (
-        q.new_empty(B, n_split, H, D, dtype=torch.float32),
-        q.new_empty(B, n_split, H, dtype=torch.float32),
-    )
-    args, constants = arguments(q, v, q_ctx, ctx, decay)
-    launch(
-        decode_kernel,
-        (B * G // heads, n_split),
-        *args,
-        lengths,
-        out,
-        lse,
-        **constants,
-        HEADS=heads,
-        M=max(16, triton.next_power_of_2(heads * H // G)),
-    )  # 16 rows are the least for tl.dot
-    weight = torch.softmax(lse * math.log(2), 1)[..., None]  # a part's sum of exponentials
+    E = 0 if ctx is None else ctx.size(-1)
+
+    # A program reads as many value heads as fit 256 columns and 16 query heads.
+    heads = 1
+    for n in 2, 4, 8, 16:
+        if G % n == 0 and n * D <= 256 and n * H // G <= 16:
+            heads = n
+    M = max(16, triton.next_power_of_2(heads * H // G))  # 16 rows are the least for tl.dot
+    processors = 4
+    if q.is_cuda:
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    at_once = processors * (3 if ctx is None else 2)  # what their shared memory has room for
+    programs = B * G // heads
+    n_split = parts(programs, triton.cdiv(S, 64), at_once)
+
+    out = q.new_empty(B, n_split, H, D, dtype=torch.float32)
+    lse = q.new_empty(B, n_split, H, dtype=torch.float32)
+    inputs = *strided(q, v, q_ctx, ctx), decay
+    args = inputs, S, H, G, D**-0.5, lengths, out, lse
+    launch(decode_kernel, (programs, n_split), q, *args, D=D, E=E, HEADS=heads, M=M)
+    weight = torch.softmax(lse * math.log(2), 1)[..., None]  # by each part's sum of exponentials
     return (out * weight).sum(1, keepdim=True).to(q.dtype)
 
 
-def numbers(q):
-    """(B, T, H) float32, where heads start at multiples of 64, so that no length T is reason to compile anew."""
-    B, T, H, _ = q.shape
-    return q.new_empty(B, H, (T + 63) // 64 * 64, dtype=torch.float32)[:, :, :T].mT
-
-
+# -----------------------------------------------------------------------------
 # As operators of PyTorch, which torch.compile need not look into.
-INPUTS = "Tensor q, Tensor v, Tensor? q_ctx, Tensor? ctx, Tensor? decay"
+
+INPUTS = "Tensor q, Tensor v, Tensor? k, Tensor? q_ctx, Tensor? ctx, Tensor? decay"
 operator = functools.partial(torch.library.custom_op, mutates_args=())
-attention_op = operator("qv::attention", schema=f"({INPUTS}) -> (Tensor, Tensor)")(forward)
+attention_op = operator(
+    "qv::attention",
+    schema=f"({INPUTS}, float scale) -> (Tensor, Tensor)",
+)(run_forward)
 backward_op = operator(
     "qv::backward",
-    schema=f"(Tensor d_out, {INPUTS}, Tensor out, Tensor lse)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)(backward)
-decode_op = operator("qv::decode", schema=f"({INPUTS}, Tensor lengths) -> Tensor")(decode)
-attention_op.register_fake(lambda q, *others: (q.new_empty(q.shape), numbers(q)))
+    schema=f"(Tensor d_out, {INPUTS}, Tensor out, Tensor lse, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)(run_backward)
+decode_op = operator(
+    "qv::decode",
+    schema="(Tensor q, Tensor v, Tensor? q_ctx, Tensor? ctx, Tensor? decay, Tensor lengths)"
+    " -> Tensor",
+)(run_decode)
+attention_op.register_fake(lambda q, *others: (q.new_empty(q.shape), numbers(q, 1)))
 decode_op.register_fake(lambda q, *others: q.new_empty(q.shape))
 
 
 @backward_op.register_fake
-def _(d_out, q, v, q_ctx, ctx, decay, out, lse):
-    (B, T, H, _), S, E = q.shape, v.size(1), 0 if ctx is None else ctx.size(-1)
-    d_decay = (lse if decay is None else decay).new_empty(H)
-    return (
-        q.new_empty(q.shape),
-        v.new_empty(v.shape),
-        q.new_empty(B, T, H, E),
-        q.new_empty(B, S, E),
-        d_decay,
-    )
+def _(d_out, q, v, k, q_ctx, ctx, decay, out, lse, scale):
+    inputs = q, v, k, q_ctx, ctx, decay
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)  # no zeros for lse, which has none
 
 
 def differentiate(ctx, d_out, _):
-    saved = ctx.saved_tensors  # once, as checkpointing demands
-    return tuple(None if x is None else d_x for x, d_x in zip(saved, backward_op(d_out, *saved)))
+    *inputs, out, lse = ctx.saved_tensors  # once, as checkpointing demands
+    gradients = backward_op(d_out, *inputs, out, lse, ctx.scale)
+    return *(None if x is None else d_x for x, d_x in zip(inputs, gradients)), None
 
 
 attention_op.register_autograd(differentiate, setup_context=save)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # What to call.
 
 
-def qv_attention(q, v, q_ctx=None, ctx=None, decay=None):
-    """Causal attention over values and, if given, contexts, differentiable in all five (equations: top of this file).
+def attention(q, v, k=None, q_ctx=None, ctx=None, decay=None, scale=None):
+    """Causal attention, differentiable in its six tensors (equations: top of this file).
 
-    q       (B, T, H, D)  queries; query t stands at position S - T + t and sees the tokens up to there
-    v       (B, S, G, D)  what is remembered of S >= T tokens; query head h attends to value head h // (H / G)
-    q_ctx   (B, T, H, E)  the half of the query that asks for contexts, or None: QV
-    ctx     (B, S, E)     contexts, shared by the heads, or None
-    decay   (H,)          exponents a_h > 0 of the power law by which distance counts; without them it does not
+    q       (B, T, H, D)  queries; query t stands at position S - T + t and sees the tokens up to it
+    v       (B, S, G, D)  values of S >= T tokens; query head h attends to value head h // (H / G)
+    k       (B, S, G, D)  keys, or None: a token's value is its key
+    q_ctx   (B, T, H, E)  the part of the query that asks for contexts, or None
+    ctx     (B, S, E)     contexts, keys that the heads share, or None
+    decay   (H,)          exponents a_h > 0 of the power law by which distance counts, or None
+    scale   a number      multiplies the products; None: 1 / sqrt(D)
 
-    Returns (B, T, H, D). All float32 (computed as such, not as TF32), float16 or bfloat16, decay any of these; on CUDA;
-    only the last dimension has to be contiguous. Memory beyond inputs, output, gradients: O(B H T) numbers; if S > T,
-    in the backward pass also the gradients of v and ctx by each head. Raises UserError for any other input."""
-    check({}, q=q, v=v, q_ctx=q_ctx, ctx=ctx, decay=decay)
-    return attention_op(q, v, q_ctx, ctx, decay)[0]
+    Returns (B, T, H, D). All tensors are float32 (computed as such, not as TF32), float16 or bfloat16,
+    decay any of these; on CUDA; only the last dimension has to be contiguous. Memory beyond inputs,
+    output and gradients: O(B H T) numbers; and in the backward pass, of what heads share, the
+    gradients by each head. Raises ValueError for any other input."""
+    check({}, q=q, v=v, k=k, q_ctx=q_ctx, ctx=ctx, decay=decay)
+    if scale is None:
+        scale = q.size(-1) ** -0.5
+    if not scale > 0:
+        refuse("scale", scale, "a number above 0")
+    return attention_op(q, v, k, q_ctx, ctx, decay, scale)[0]
 
 
-def qv_decode(q, v, q_ctx=None, ctx=None, decay=None, lengths=None):
-    """The same for the newest token of each sequence, straight from a cache of which a part is filled. No gradients.
+def decode(q, v, q_ctx=None, ctx=None, decay=None, lengths=None):
+    """The same without keys for the newest token of each sequence, straight from a cache of which a
+    part is filled. No gradients.
 
-    q         (B, 1, H, D)  one query per sequence, that of its last remembered token; q_ctx likewise (B, 1, H, E)
-    v         (B, S, G, D)  buffer for S tokens; what stands behind a sequence's length is never used, not even if NaN
-    lengths   (B,)          int32 or int64: how many tokens each sequence remembers, 1 to S (not checked)
+    q       (B, 1, H, D)  a query per sequence, that of its last token; likewise q_ctx (B, 1, H, E)
+    v       (B, S, G, D)  a buffer for S tokens, and ctx (B, S, E) another; what stands behind a
+                          sequence's length is never used, not even if it is NaN
+    lengths (B,)          how many tokens each sequence remembers, 1 to S (not checked); int32 or int64
 
-    Returns (B, 1, H, D). All else is as in qv_attention. Sequences are read in parts, of which a mean is taken, as in
-    Flash-Decoding (https://pytorch.org/blog/flash-decoding/)."""
+    Returns (B, 1, H, D). All else is as in `attention`. Sequences are read in parts, of which a mean
+    is taken, as in Flash-Decoding (https://pytorch.org/blog/flash-decoding/)."""
     check({"T": 1}, q=q, v=v, q_ctx=q_ctx, ctx=ctx, decay=decay, lengths=lengths)
     return decode_op(q, v, q_ctx, ctx, decay, lengths)
 
 
+LETTERS = dict(q="BTHD", v="BSGD", k="BSGD", q_ctx="BTHE", ctx="BSE", decay="H", lengths="B")
+FLOATS = torch.float32, torch.float16, torch.bfloat16
+DTYPES = dict(q=FLOATS, decay=FLOATS, lengths=(torch.int32, torch.int64))  # others: as q
+
+
 def refuse(name, value, rule):
-    raise UserError(f"{name}={value} should be {rule}")
+    raise ValueError(f"the fused kernel cannot take {name}={value}: it should be {rule}")
 
 
 def check(sizes, **inputs):
-    """Raises UserError unless the inputs are as qv_attention says, with letters' sizes as those given.
-    Texts are made only for what is refused: torch.compile would take a length in one for a constant."""
-    if triton is None or [*map(int, triton.__version__.split(".")[:2])] < [
-        3,
-        4,
-    ]:  # which passes tuples to kernels
-        raise UserError(
-            "the fused kernel needs the package triton, 3.4 or newer, and "
-            f"{triton.__version__ if triton else 'none'} is installed; model.py does without"
-        )
-    q, letters = (
-        inputs["q"],
-        dict(q="BTHD", v="BSGD", q_ctx="BTHE", ctx="BSE", decay="H", lengths="B"),
-    )
-    optional = ("decay", "q_ctx", "ctx") if inputs["q_ctx"] is inputs["ctx"] is None else ("decay",)
-    for name, x in (
-        (name, x) for name, x in inputs.items() if x is not None or name not in optional
-    ):
+    """Raises ValueError unless the inputs are as `attention` and `decode` say. A letter's size is
+    the one in `sizes`, or in the first tensor that has it. Texts are made only for what is refused:
+    torch.compile would take a length in one for a constant."""
+    check_triton()
+    q = inputs["q"]
+    if (inputs["q_ctx"] is None) != (inputs["ctx"] is None):
+        missing = "ctx" if inputs["ctx"] is None else "q_ctx"
+        refuse(missing, None, "a tensor, as q_ctx and ctx go together")
+    for name, x in inputs.items():
+        if x is None and name in ("k", "q_ctx", "ctx", "decay"):
+            continue
         if not isinstance(x, torch.Tensor):
-            refuse(name, x, "a tensor" + "; q_ctx and ctx go together" * (name in ("q_ctx", "ctx")))
-        known, named = dict(sizes), [*zip(letters[name], x.shape)]
-        if x.dim() != len(letters[name]) or not all(
-            n == sizes.setdefault(letter, n)
-            and (n in (16, 32, 64, 128) if letter in "DE" else 0 < n < 10**6)
-            for letter, n in named
-        ):
-            refuse(
-                f"{name}.shape",
-                tuple(x.shape),
-                f"({', '.join(letters[name])}) with D and E 16, 32, 64 or 128, all "
-                "others from 1 to 999,999, and "
-                + ", ".join(f"{letter}={n}" for letter, n in known.items()),
-            )
-        types = dict(q=TOLERANCE, decay=TOLERANCE, lengths=(torch.int32, torch.int64)).get(
-            name, (q.dtype,)
-        )
+            refuse(name, x, "a tensor")
+        types = DTYPES.get(name, (q.dtype,))
         if x.dtype not in types:
             refuse(f"{name}.dtype", x.dtype, " or ".join(map(str, types)))
         if x.device != q.device:
             refuse(f"{name}.device", x.device, f"{q.device} as q's")
+        check_shape(name, x, sizes)
         if x.size(-1) > 1 and x.stride(-1) != 1:
             refuse(f"{name}.stride()", x.stride(), "1 at the end: tensor.contiguous()")
     if sizes["H"] % sizes["G"] or sizes["H"] > 64 * sizes["G"]:
         refuse("G", sizes["G"], f"a divisor of H={sizes['H']} and at least H / 64")
     if sizes["T"] > sizes["S"]:
         refuse("S", sizes["S"], f"at least T={sizes['T']}")
-    if not (q.is_cuda or INTERPRETED):
-        refuse(
-            "q.device",
-            q.device,
-            "a CUDA device; to run the kernels on the CPU, slowly, set TRITON_INTERPRET=1 "
-            "before the first import of triton",
-        )
     if INTERPRETED and q.dtype == torch.bfloat16:
         refuse("q.dtype", q.dtype, "float32 or float16 to be interpreted")
+    if not (INTERPRETED or q.is_cuda):
+        rule = "a CUDA device; to run the kernels on the CPU, slowly, set TRITON_INTERPRET=1"
+        refuse("q.device", q.device, f"{rule} before the first import of triton")
 
 
-def trial(T, H, G, D, E=0, decay=False, dtype=torch.bfloat16, device="cuda", training=True):
-    """Tries the kernels at a model's sizes before it depends on them: forward, backward if it trains, and decoding, for
-    a sequence of T tokens (16 to 1,024: they are compiled for all lengths), beside qv_attention_plain in float64. Takes
-    seconds, most of them to compile. Raises UserError: what failed, or which tensor came out wrong, and by how much."""
-    T, random = min(max(T, 16), 1024), torch.Generator(device).manual_seed(0)
-    shapes = dict(q=(1, T, H, D), v=(1, T, G, D)) | (
-        dict(q_ctx=(1, T, H, E), ctx=(1, T, E)) if E else {}
-    )
-    inputs = {
-        name: torch.randn(shape, generator=random, device=device).to(dtype)
-        for name, shape in shapes.items()
-    }
-    inputs |= dict(decay=torch.logspace(-2, 2, H, base=2, device=device)) if decay else {}
-    last = {name: x[:, -1:] if name in ("q", "q_ctx") else x for name, x in inputs.items()}
-    where = f"with Triton {triton and triton.__version__} on {device}"
-
-    def results(function, inputs):
-        inputs = {name: x.detach().requires_grad_(training) for name, x in inputs.items()}
-        out = function(**inputs)
-        gradients = (
-            torch.autograd.grad(out, [*inputs.values()], inputs["q"].detach().flip(1))
-            if training
-            else ()
+def check_triton():
+    """Kernels take tuples from Triton 3.4 on."""
+    version = triton.__version__ if triton else "none"
+    if version == "none" or [int(number) for number in version.split(".")[:2]] < [3, 4]:
+        raise ValueError(
+            "the fused kernel needs the package triton, 3.4 or newer, "
+            f"and {version} is installed; model.py does without"
         )
-        return [out[:, -1:], out, *gradients]
 
-    try:
-        expected = results(qv_attention_plain, {name: x.double() for name, x in inputs.items()})
-        found = [
-            qv_decode(**last, lengths=torch.tensor([T], device=device)),
-            *results(qv_attention, inputs)[1:],
-        ]
-        errors = [((x - y).norm() / y.norm()).item() for x, y in zip(found, expected)]
-    except (TritonError, RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
-        raise UserError(
-            f"the fused kernel fails {where} ({type(error).__name__}: {describe_error(error)})"
-        ) from None
-    for name, error in zip(
-        ("a decoded token", "the output", *(f"the gradient of {name}" for name in inputs)), errors
-    ):
-        if not error < TOLERANCE[dtype]:  # nor is NaN
-            raise UserError(
-                f"the fused kernel computes wrong numbers {where}: {name} is off by {error:.1%}"
-            )
+
+def check_shape(name, x, sizes):
+    letters = LETTERS[name]
+    if x.dim() != len(letters):
+        refuse(f"{name}.shape", tuple(x.shape), f"({', '.join(letters)})")
+    for letter, size in zip(letters, x.shape):
+        if size != sizes.setdefault(letter, size):
+            rule = f"{sizes[letter]}"
+        elif letter in "DE" and size not in (16, 32, 64, 128):
+            rule = "16, 32, 64 or 128"
+        elif not 0 < size < 10**6:
+            rule = "from 1 to 999,999"
+        else:
+            continue
+        shape = f"({', '.join(letters)})"
+        refuse(f"{name}.shape", tuple(x.shape), f"{shape} with {letter} {rule}")
 
 
 if __name__ == "__main__":
-    os.execv(
-        sys.executable,
-        [sys.executable, __file__.replace("kernel.py", "tests/benchmark.py"), *sys.argv[1:]],
-    )
+    benchmark = __file__.replace("kernel.py", "tests/benchmark.py")
+    os.execv(sys.executable, [sys.executable, benchmark, *sys.argv[1:]])
