@@ -120,28 +120,19 @@ def rows(x, b, h, start, R: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr):
 def load(x, b, h, start, stop, R: tl.constexpr, W: tl.constexpr,
          EDGE: tl.constexpr = True, HEADS: tl.constexpr = 1):  # fmt: skip
     """R rows from `start` on as a tile, (R, HEADS W). At a tensor's EDGE, those from `stop` on are 0."""
-    if x is None:
-        tile = None
-    elif EDGE:
-        inside = start + tl.arange(0, R)[:, None] < stop
-        tile = tl.load(rows(x, b, h, start, R, W, HEADS), mask=inside, other=0.0)
+    at = rows(x, b, h, start, R, W, HEADS)
+    if EDGE:
+        tile = tl.load(at, mask=start + tl.arange(0, R)[:, None] < stop, other=0.0)
     else:
-        tile = tl.load(rows(x, b, h, start, R, W, HEADS))
+        tile = tl.load(at)
     return tile
 
 
 @jit
 def store(x, tile, b, h, start, stop, R: tl.constexpr, W: tl.constexpr):
     """Writes a tile's rows below `stop`."""
-    if x is not None:
-        inside = start + tl.arange(0, R)[:, None] < stop
-        tl.store(rows(x, b, h, start, R, W, 1), tile, mask=inside)
-
-
-@jit
-def zeros(x, R: tl.constexpr, W: tl.constexpr):
-    """An empty sum for the tensor x, (R, W)."""
-    return None if x is None else tl.zeros([R, W], tl.float32)
+    inside = start + tl.arange(0, R)[:, None] < stop
+    tl.store(rows(x, b, h, start, R, W, 1), tile, mask=inside)
 
 
 @jit
@@ -158,19 +149,13 @@ if triton:
 
 
 @jit
-def exponent(decay, h, scale2):
-    """The a of head h, on the scale of the products."""
-    return None if decay is None else tl.load(decay + h).to(tl.float32) / scale2
-
-
-@jit
 def scores(x, y, x_ctx, y_ctx, span, a, MASK: tl.constexpr):
     """log2(e) s_ij / scale2 of a tile; and, under decay, log2 of its spans, 1 + i - j.
     x are queries and y tokens, or the other way round. Without MASK no query meets the future."""
     s = dot(x, tl.trans(y), None)
     if x_ctx is not None:
         s = dot(x_ctx, tl.trans(y_ctx), s)
-    log_span = None
+    log_span = 0.0
     if a is not None:
         past = tl.maximum(span, 1.0) if MASK else span
         # fast_log2f is one instruction, right to 2^-22; tl.log2 takes twenty for the last bits.
@@ -200,16 +185,17 @@ def attend(acc, l_i, m_i, s, v_tile, scale2):
 
 @jit
 def forward_kernel(inputs, T, S, H, G, scale, out, lse,
-                   D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+                   D: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+                   M: tl.constexpr, N: tl.constexpr):  # fmt: skip
     q, v, k, q_ctx, ctx, decay = inputs
     scale2 = scale * LOG2_E
     b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
     g = h // (H // G)
-    a = exponent(decay, h, scale2)
+    a = None if decay is None else tl.load(decay + h).to(tl.float32) / scale2
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * M  # those that see most tokens start first
     i = S - T + t0 + tl.arange(0, M).to(tl.float32)[:, None]
     q_tile = load(q, b, h, t0, T, M, D)  # (M, D)
-    q_ctx_tile = load(q_ctx, b, h, t0, T, M, E)  # (M, E)
+    q_ctx_tile = None if ctx is None else load(q_ctx, b, h, t0, T, M, E)  # (M, E)
     acc = tl.zeros([M, D], tl.float32)
     l_i = tl.zeros([M, 1], tl.float32)
     m_i = tl.full([M, 1], -float("inf"), tl.float32)
@@ -218,8 +204,8 @@ def forward_kernel(inputs, T, S, H, G, scale, out, lse,
     for FULL in tl.static_range(2):
         for j0 in range(0 if FULL else edge, edge if FULL else end, N):
             v_tile = load(v, b, g, j0, S, N, D, not FULL)  # (N, D), the only load of V
-            k_tile = v_tile if k is None else load(k, b, g, j0, S, N, D, not FULL)
-            ctx_tile = load(ctx, b, 0, j0, S, N, E, not FULL)  # (N, E)
+            k_tile = v_tile if k is None else load(k, b, g, j0, S, N, K, not FULL)
+            ctx_tile = None if ctx is None else load(ctx, b, 0, j0, S, N, E, not FULL)  # (N, E)
             span = 1 + i - j0 - tl.arange(0, N).to(tl.float32)[None, :]  # (M, N)
             s, _ = scores(q_tile, k_tile, q_ctx_tile, ctx_tile, span, a, not FULL)
             acc, l_i, m_i = attend(acc, l_i, m_i, s, v_tile, scale2)
@@ -246,7 +232,8 @@ def delta_kernel(out, d_out, lse, rest, T, H, scale, D: tl.constexpr, M: tl.cons
 
 @jit
 def token_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_v, d_k, d_ctx,
-                          D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+                          D: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+                   M: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """Scores lie on their side here, (N, M), so that p and ds come out of one product as the next
     one needs them. Queries from T on add nothing: their dO and delta are 0, and their p is at most 1,
     as their q and lse are 0 and a_h > 0."""
@@ -254,20 +241,22 @@ def token_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_v, d_k, d_ct
     scale2 = scale * LOG2_E
     b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
     g = h // (H // G)
-    a = exponent(decay, h, scale2)
+    a = None if decay is None else tl.load(decay + h).to(tl.float32) / scale2
     j0 = tl.program_id(1) * N
     j = j0 + tl.arange(0, N).to(tl.float32)[:, None]
     v_tile = load(v, b, g, j0, S, N, D)  # (N, D)
-    k_tile = v_tile if k is None else load(k, b, g, j0, S, N, D)
-    ctx_tile = load(ctx, b, 0, j0, S, N, E)  # (N, E)
-    d_v_tile, d_k_tile, d_ctx_tile = zeros(v, N, D), zeros(k, N, D), zeros(ctx, N, E)
+    k_tile = v_tile if k is None else load(k, b, g, j0, S, N, K)
+    ctx_tile = None if ctx is None else load(ctx, b, 0, j0, S, N, E)  # (N, E)
+    d_v_tile = tl.zeros([N, D], tl.float32)
+    d_k_tile = None if k is None else tl.zeros([N, K], tl.float32)
+    d_ctx_tile = None if ctx is None else tl.zeros([N, E], tl.float32)
     start = tl.maximum(j0 - (S - T), 0) // M * M  # here queries begin to see some of the N tokens
     edge = tl.cdiv(tl.maximum(j0 + N - 1 - (S - T), 0), M) * M  # and here all of them
     edge = tl.minimum(edge, tl.cdiv(T, M) * M)
     for FULL in tl.static_range(2):
         for t0 in range(edge if FULL else start, T if FULL else edge, M):
             q_tile = load(q, b, h, t0, T, M, D)  # (M, D)
-            q_ctx_tile = load(q_ctx, b, h, t0, T, M, E)  # (M, E)
+            q_ctx_tile = None if ctx is None else load(q_ctx, b, h, t0, T, M, E)  # (M, E)
             d_out_tile = load(d_out, b, h, t0, T, M, D)  # (M, D)
             lse, delta = tl.split(load(rest, b, h, t0, T, M, 2))  # (M,)
             span = 1 + S - T + t0 + tl.arange(0, M).to(tl.float32)[None, :] - j  # (N, M)
@@ -283,32 +272,37 @@ def token_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_v, d_k, d_ct
             if ctx is not None:
                 d_ctx_tile = dot(ds, q_ctx_tile, d_ctx_tile)
     store(d_v, d_v_tile, b, h, j0, S, N, D)
-    store(d_k, d_k_tile, b, h, j0, S, N, D)
-    store(d_ctx, d_ctx_tile, b, h, j0, S, N, E)
+    if k is not None:
+        store(d_k, d_k_tile, b, h, j0, S, N, K)
+    if ctx is not None:
+        store(d_ctx, d_ctx_tile, b, h, j0, S, N, E)
 
 
 @jit
 def query_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_q, d_q_ctx, d_decay,
-                          D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+                          D: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+                   M: tl.constexpr, N: tl.constexpr):  # fmt: skip
     q, v, k, q_ctx, ctx, decay = inputs
     scale2 = scale * LOG2_E
     b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
     g = h // (H // G)
-    a = exponent(decay, h, scale2)
+    a = None if decay is None else tl.load(decay + h).to(tl.float32) / scale2
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
     i = S - T + t0 + tl.arange(0, M).to(tl.float32)[:, None]
     q_tile = load(q, b, h, t0, T, M, D)  # (M, D)
-    q_ctx_tile = load(q_ctx, b, h, t0, T, M, E)  # (M, E)
+    q_ctx_tile = None if ctx is None else load(q_ctx, b, h, t0, T, M, E)  # (M, E)
     d_out_tile = load(d_out, b, h, t0, T, M, D)  # (M, D)
     lse, delta = tl.split(load(rest, b, h, t0, T, M, 2))  # (M,)
-    d_q_tile, d_q_ctx_tile, d_a = zeros(q, M, D), zeros(q_ctx, M, E), zeros(decay, M, 1)
+    d_q_tile = tl.zeros([M, D], tl.float32)
+    d_q_ctx_tile = None if ctx is None else tl.zeros([M, E], tl.float32)
+    d_a = None if decay is None else tl.zeros([M, 1], tl.float32)
     edge = (S - T + t0) // N * N
     end = tl.minimum(S - T + t0 + M, S)
     for FULL in tl.static_range(2):
         for j0 in range(0 if FULL else edge, edge if FULL else end, N):
             v_tile = load(v, b, g, j0, S, N, D, not FULL)  # (N, D)
-            k_tile = v_tile if k is None else load(k, b, g, j0, S, N, D, not FULL)
-            ctx_tile = load(ctx, b, 0, j0, S, N, E, not FULL)  # (N, E)
+            k_tile = v_tile if k is None else load(k, b, g, j0, S, N, K, not FULL)
+            ctx_tile = None if ctx is None else load(ctx, b, 0, j0, S, N, E, not FULL)  # (N, E)
             span = 1 + i - j0 - tl.arange(0, N).to(tl.float32)[None, :]  # (M, N)
             s, log_span = scores(q_tile, k_tile, q_ctx_tile, ctx_tile, span, a, not FULL)
             p = tl.exp2(s * scale2 - lse[:, None])
@@ -320,8 +314,10 @@ def query_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_q, d_q_ctx, 
             if decay is not None:
                 d_a += tl.sum(ds * log_span, 1, keep_dims=True)
     store(d_q, d_q_tile, b, h, t0, T, M, D)
-    store(d_q_ctx, d_q_ctx_tile, b, h, t0, T, M, E)
-    store(d_decay, d_a, b, h, t0, T, M, 1)  # summed, and turned to base e, in PyTorch
+    if ctx is not None:
+        store(d_q_ctx, d_q_ctx_tile, b, h, t0, T, M, E)
+    if decay is not None:
+        store(d_decay, d_a, b, h, t0, T, M, 1)  # summed, and turned to base e, in PyTorch
 
 
 # -----------------------------------------------------------------------------
@@ -355,21 +351,18 @@ def decode_kernel(inputs, S, H, G, scale, lengths, out, lse, D: tl.constexpr, E:
     start, stop = split * part, tl.minimum(split * part + part, length)  # the last may be empty
 
     q_tile = tl.load(q[0] + b * q[1] + h * q[3] + column % D, mask=diagonal, other=0.0)
-    if ctx is None:
-        q_ctx_tile = None
-    else:
+    q_ctx_tile, a = None, None
+    if ctx is not None:
         heads_as_rows = q_ctx[0], q_ctx[1], q_ctx[3], 0
         q_ctx_tile = load(heads_as_rows, b, 0, first, end, M, E)  # (M, E)
-    if decay is None:
-        a = None
-    else:
+    if decay is not None:
         a = tl.load(decay + h, mask=h < end, other=0.0).to(tl.float32) / scale2  # (M, 1)
     acc = tl.zeros([M, HEADS * D], tl.float32)
     l_i = tl.zeros([M, 1], tl.float32)
     m_i = tl.full([M, 1], -float("inf"), tl.float32)
     for j0 in range(start, stop, N):
         v_tile = load(v, b, g, j0, stop, N, D, True, HEADS)  # (N, HEADS D)
-        ctx_tile = load(ctx, b, 0, j0, stop, N, E)  # (N, E)
+        ctx_tile = None if ctx is None else load(ctx, b, 0, j0, stop, N, E)  # (N, E)
         span = length - j0 - tl.arange(0, N).to(tl.float32)[None, :]  # (1, N), 1 for the newest
         s, _ = scores(q_tile, v_tile, q_ctx_tile, ctx_tile, span, a, True)
         acc, l_i, m_i = attend(acc, l_i, m_i, s, v_tile, scale2)
@@ -383,32 +376,33 @@ def decode_kernel(inputs, S, H, G, scale, lengths, out, lse, D: tl.constexpr, E:
 # Launching them.
 
 # M, N, warps, pipeline stages and, so that two programs fit a multiprocessor, most registers of a
-# thread. By rule, so that no first call waits for a search; in 16 bits nothing spills registers.
+# thread. By rule, so that no first call waits for a search; in 16 bits they do not spill registers.
+KERNELS = ["forward", "token_backward", "query_backward", "decode", "delta"]
 TILES = {
-    # float32, then 16 bits: D and E up to 64 on A100 and on H100; wider on A100 and on H100
-    "forward_kernel": (
-        (16, 16, 4, 1), (128, 64, 8, 2), (128, 64, 8, 3, 128), (64, 32, 4, 2), (128, 64, 8, 3)),
-    "delta_kernel": (
-        (64,), (64,), (64,), (64,), (64,)),
-    "token_backward_kernel": (
-        (16, 16, 4, 1), (32, 64, 4, 2), (64, 64, 4, 2), (32, 32, 4, 2), (32, 128, 8, 2)),
-    "query_backward_kernel": (
-        (16, 16, 4, 1), (64, 32, 4, 2), (64, 64, 4, 3), (32, 32, 4, 2), (128, 32, 8, 2)),
-    "decode_kernel": (
-        (16, 16, 4, 2), (16, 32, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3), (16, 64, 4, 3)),
-}  # fmt: skip
+    "float32": [(16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 2), (64,)],
+    "A100 narrow": [(128, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), (16, 32, 4, 3), (64,)],
+    "A100 wide": [(64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 3), (64,)],
+    "A100 wider": [(64, 32, 4, 2), (16, 32, 4, 2), (32, 16, 4, 2), (16, 32, 4, 3), (64,)],
+    "H100 narrow": [(128, 64, 8, 3, 128), (64, 64, 4, 2), (64, 64, 4, 3), (16, 64, 4, 3), (64,)],
+    "H100 wide": [(128, 64, 8, 3), (32, 128, 8, 2), (128, 32, 8, 2), (16, 64, 4, 3), (64,)],
+    "H100 wider": [(128, 64, 8, 3), (16, 128, 8, 2), (128, 32, 8, 2), (16, 64, 4, 3), (64,)],
+}
 
 
 def options(kernel, dtype, capability, constants):
     """All that a kernel is compiled with, for a GPU of that compute capability."""
-    if dtype == torch.float32:
-        column = 0
+    D, K, E = (constants.get(letter, 0) for letter in "DKE")
+    if D <= 64 and D + K + E <= 128:
+        width = "narrow"
+    elif D <= 64 or E == 0:
+        width = "wide"
     else:
-        hopper = capability in (9, 10)  # 10 has as much shared memory as Hopper, 12 has not
-        wide = max(constants["D"], constants.get("E", 0)) > 64
-        column = 1 + hopper + 2 * wide
-    tile = dict(zip(("M", "N", "num_warps", "num_stages", "maxnreg"), TILES[kernel][column]))
-    return tile | constants | dict(enable_fp_fusion=True)  # not left to Triton's default
+        width = "wider"
+    gpu = "H100" if capability in (9, 10) else "A100"  # 12 has no more shared memory than 8
+    row = TILES["float32" if dtype == torch.float32 else f"{gpu} {width}"]
+    tile = row[KERNELS.index(kernel.removesuffix("_kernel"))]
+    named = dict(zip(("M", "N", "num_warps", "num_stages", "maxnreg"), tile))
+    return named | constants | dict(enable_fp_fusion=True)  # not left to Triton's default
 
 
 def launch(kernel, grid, q, *args, **constants):
@@ -428,6 +422,10 @@ def strided(*tensors):
     return tuple(None if x is None else (x, *x.stride()[:3]) for x in tensors)
 
 
+def width(x):
+    return 0 if x is None else x.size(-1)
+
+
 def grid(heads, length, letter):
     """Programs: for each head as many as tiles of M queries, or of N tokens, cover the length."""
     return lambda tile: (heads, triton.cdiv(length, tile[letter]))
@@ -444,7 +442,7 @@ def numbers(q, width):
 def run_forward(q, v, k, q_ctx, ctx, decay, scale, launch=launch):
     """The output, (B, T, H, D), and log2 sum_j exp(s_ij) for the backward pass, (B, T, H, 1)."""
     (B, T, H, D), (S, G) = q.shape, v.shape[1:3]
-    widths = dict(D=D, E=0 if ctx is None else ctx.size(-1))
+    widths = dict(D=D, K=width(k), E=width(ctx))
     inputs = *strided(q, v, k, q_ctx, ctx), decay
     out, lse = q.new_empty(q.shape), numbers(q, 1)
     args = inputs, T, S, H, G, scale, *strided(out, lse)
@@ -455,7 +453,7 @@ def run_forward(q, v, k, q_ctx, ctx, decay, scale, launch=launch):
 def run_backward(d_out, q, v, k, q_ctx, ctx, decay, out, lse, scale, launch=launch):
     """The gradients of all six tensors; an empty one for each that is None."""
     (B, T, H, D), (S, G) = q.shape, v.shape[1:3]
-    widths = dict(D=D, E=0 if ctx is None else ctx.size(-1))
+    widths = dict(D=D, K=width(k), E=width(ctx))
     inputs = *strided(q, v, k, q_ctx, ctx), decay
     by_queries, by_tokens = grid(B * H, T, "M"), grid(B * H, S, "N")
 
@@ -498,7 +496,6 @@ def parts(programs, tiles, at_once):
 def run_decode(q, v, q_ctx, ctx, decay, lengths, launch=launch):
     """The output, (B, 1, H, D): of parts of a sequence, the mean."""
     (B, _, H, D), (S, G) = q.shape, v.shape[1:3]
-    E = 0 if ctx is None else ctx.size(-1)
 
     # A program reads as many value heads as fit 256 columns and 16 query heads.
     heads = 1
@@ -517,7 +514,8 @@ def run_decode(q, v, q_ctx, ctx, decay, lengths, launch=launch):
     lse = q.new_empty(B, n_split, H, dtype=torch.float32)
     inputs = *strided(q, v, q_ctx, ctx), decay
     args = inputs, S, H, G, D**-0.5, lengths, out, lse
-    launch(decode_kernel, (programs, n_split), q, *args, D=D, E=E, HEADS=heads, M=M)
+    widths = dict(D=D, E=width(ctx), HEADS=heads, M=M)
+    launch(decode_kernel, (programs, n_split), q, *args, **widths)
     weight = torch.softmax(lse * math.log(2), 1)[..., None]  # by each part's sum of exponentials
     return (out * weight).sum(1, keepdim=True).to(q.dtype)
 

@@ -1,8 +1,9 @@
-"""What kernel.py costs; `python kernel.py` runs this file.
+"""What kernel.py costs. Run it, as `python kernel.py`, after a change of kernel.py, of Triton or of PyTorch, on the GPU
+that you train on.
 
-On a GPU: time and peak memory of training, beside what else PyTorch offers for the same attention; time and share of
-the copy bandwidth of decoding; with --models, whole models as users run them, by either kernel. Without a GPU: what the
-compiler makes of each kernel (registers, spills, shared memory, tensor-core instructions)."""
+On a GPU it measures time and memory of training, beside what else PyTorch has for the same attention, and time and
+share of the copy bandwidth of decoding; with --models, whole models as users run them. Without a GPU it says what the
+compiler makes of each kernel: registers, spills, shared memory, instructions."""
 
 from __future__ import annotations
 
@@ -25,22 +26,28 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import kernel  # noqa: E402
-from kernel import qv_attention, qv_decode, triton  # noqa: E402
+from kernel import triton  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from prepare import Progress, UserError, describe_error, new_parser, run_program  # noqa: E402
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
-H, D, TOKENS = 12, 64, 16384  # training: heads, their width, tokens in each batch
-LENGTHS, WIDTHS = (1024, 4096, 16384), (0, 128)  # ... T and d_ctx
-DECODE_H, DECODE_G, DECODE_E = 32, 8, 128  # decoding: heads, values if shared, d_ctx of QV-Ka
+
+# Training: heads, their width, the context's width, tokens in each batch, and the lengths to which they are cut.
+H, D, E, TOKENS = 12, 64, 128, 16384
+LENGTHS = 16384, 4096, 1024
+
+# Decoding: query heads, value heads if shared, the context's width; sequences, and tokens of each.
+DECODE_H, DECODE_G, DECODE_E = 32, 8, 128
 BATCHES, CONTEXTS = (1, 8, 64), (1024, 4096, 16384, 65536)
-STEPS = 20  # of a model
-SHAPES = {  # models, with the batch of a step: train.py's presets
+
+# Whole models: training steps that are measured; and sizes, with the sequences of a step.
+STEPS = 20
+MODELS = {
     "gpt2": (12, dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257)),
     "gpu": (64, dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65)),
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # What the compiler makes of the kernels, for a GPU that need not be there.
 
 
@@ -55,83 +62,110 @@ class Absent:
         self.get_current_stream = lambda device: None
 
 
-def compiled(arch, function, *args, **constants):
-    """Compiles a kernel as for a launch with these arguments. A row for the report: registers and spilled bytes of a
-    thread, bytes of shared memory, wgmma instructions (Hopper's tensor cores) in the PTX, and waits for them in machine
-    code: as many as there are instructions where the assembler did not dare to let them overlap."""
-    options = kernel.options(function.__name__, args[0][0].dtype, arch // 10, constants)
-    binary = function.warmup(*args, **options, grid=(1,))
+def disassemble(cubin):
+    """What NVIDIA's cuobjdump says of a compiled kernel: its resources and its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(binary.asm["cubin"])
+        Path(file.name).write_bytes(cubin)
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, spilled = (int(re.search(rf"{name}:(\d+)", dump)[1]) for name in ("REG", "STACK"))
-    made, tile = binary.metadata, " x ".join(str(options[name]) for name in "MN" if name in options)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions_a_tile(dump):
+    """How many instructions the last loop has: the one for tiles without masks, where all time goes."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", dump)]
+    length = 0
+    for at, text in code:
+        jump = re.search(r"BRA.* 0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < at:
+            inside = sum(int(jump[1], 16) <= other <= at for other, _ in code)
+            length = inside if inside > 20 else length  # shorter ones only wait
+    return length
+
+
+def compiled(arch, function, tensor, *args, **constants):
+    """A row of the report: compiles a kernel as for a launch with these arguments."""
+    options = kernel.options(function.__name__, tensor.dtype, arch // 10, constants)
+    binary = function.warmup(*args, **options, grid=(1,))
+    dump = disassemble(binary.asm["cubin"])
     return dict(
-        kernel=function.__name__,
-        tile=tile,
-        warps=made.num_warps,
-        stages=made.num_stages,
-        registers=registers,
-        spilled=spilled,
-        shared=made.shared,
+        kernel=function.__name__.removesuffix("_kernel"),
+        tile=" x ".join(str(options[letter]) for letter in "MN" if letter in options),
+        warps=binary.metadata.num_warps,
+        stages=binary.metadata.num_stages,
+        registers=int(re.search(r"REG:(\d+)", dump)[1]),
+        spilled=int(re.search(r"STACK:(\d+)", dump)[1]),
+        shared=binary.metadata.shared,
         wgmma=binary.asm["ptx"].count("wgmma.mma_async"),
         waits=dump.count("WARPGROUP.DEPBAR"),
+        code=instructions_a_tile(dump),
     )
 
 
-def compile_report(arch, D, E, decay, dtype=DTYPE, B=2, T=1024, H=H, G=None, only=""):
-    """A row for each kernel of a training step and of a decoding step; arch is 80 (A100) or 90 (H100, H200)."""
+def compile_report(arch, D, keys, E, decay, B=2, T=1024, H=H, G=None, only=""):
+    """A row for each kernel of a training step and, without keys, of a decoding step. arch is 80 (A100) or 90 (H100,
+    H200)."""
     triton.runtime.driver.set_active(Absent(arch))
-    rows, empty = [], lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")
+    rows = []
 
-    def launch(function, grid, *args, **constants):
+    def empty(*shape, dtype=DTYPE):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def launch(function, grid, tensor, *args, **constants):
         if only in function.__name__:
-            rows.append(compiled(arch, function, *args, **constants))
+            rows.append(compiled(arch, function, tensor, *args, **constants))
 
-    q, v, lengths = empty(B, T, H, D), empty(B, T, G or H, D), empty(B, dtype=torch.int32)
+    q, v = empty(B, T, H, D), empty(B, T, G or H, D)
+    k = empty(*v.shape) if keys else None
     q_ctx, ctx = (empty(B, T, H, E), empty(B, T, E)) if E else (None, None)
     a = empty(H, dtype=torch.float32) if decay else None
-    out, lse = kernel.forward(q, v, q_ctx, ctx, a, launch=launch)
-    kernel.backward(out, q, v, q_ctx, ctx, a, out, lse, launch=launch)
-    kernel.decode(q[:, :1], v, q_ctx[:, :1] if E else None, ctx, a, lengths, launch=launch)
-    return [dict(arch=arch, D=D, d_ctx=E, decay="yes" if decay else "no") | row for row in rows]
+    inputs = q, v, k, q_ctx, ctx, a
+    out, lse = kernel.run_forward(*inputs, scale=D**-0.5, launch=launch)
+    kernel.run_backward(out, *inputs, out, lse, scale=D**-0.5, launch=launch)
+    if not keys:
+        lengths = empty(B, dtype=torch.int32)
+        last, last_ctx = (x if x is None else x[:, -1:] for x in (q, q_ctx))
+        kernel.run_decode(last, v, last_ctx, ctx, a, lengths, launch=launch)
+    yes_or_no = {True: "yes", False: "no"}
+    form = dict(arch=arch, D=D, E=E, keys=yes_or_no[keys], decay=yes_or_no[decay])
+    return [form | row for row in rows]
 
 
 def print_compile_report():
-    form = "{:>4} {:>4} {:>5} {:>5}  {:21} {:>8} {:>5} {:>6} {:>9} {:>7} {:>6} {:>5} {:>5}"
-    cases = list(product((80, 90), (64, 128), ((0, False), (0, True), (64, True), (128, True))))
     print(
-        "bfloat16; arch 80: A100, 90: H100 and H200; D: head width; d_ctx: 0 is QV, else QV-Ka; tile: queries x\n"
-        "tokens; registers and spilled bytes of a thread; bytes of shared memory; wgmma: instructions for Hopper's\n"
-        "tensor cores (decoding takes mma); waits: for them, the fewer the better\n"
+        "bfloat16. arch 80: A100, 90: H100 and H200; D, E: widths of heads and of the context; keys no: the value is\n"
+        "the key; tile: queries x tokens; registers and spilled bytes of a thread; bytes of shared memory; wgmma:\n"
+        "instructions for Hopper's tensor cores (decoding takes mma); waits: for them, the fewer the better; code:\n"
+        "instructions a tile\n"
     )
-    progress, spilling = Progress(len(cases)), []
-    for done, (arch, D, (E, decay)) in enumerate(cases, 1):
-        rows = compile_report(arch, D, E, decay)
+    columns = (
+        "{:>4} {:>4} {:>4} {:>4} {:>5}  {:14} {:>8} {:>5} {:>6} {:>9} {:>7} {:>6} {:>5} {:>5} {:>4}"
+    )
+    forms = (False, 0), (True, 0), (False, 128), (True, 32)  # keys, and E
+    cases = list(product((80, 90), (64, 128), forms, (False, True)))
+    progress, spilling = Progress(len(cases)), 0
+    for done, (arch, D, (keys, E), decay) in enumerate(cases, 1):
+        rows = compile_report(arch, D, keys, E, decay)
+        spilling += sum(row["spilled"] > 0 for row in rows)
         progress.clear()
         if done == 1:
-            print(form.format(*rows[0]))
+            print(columns.format(*rows[0]))
         for row in rows:
-            print(form.format(*row.values()), flush=True)
-        spilling += [row for row in rows if row["spilled"]]
+            print(columns.format(*row.values()), flush=True)
         progress(done, f"compiled {done} of {len(cases)} shapes")
     progress.clear()
-    print(f"\n{len(spilling) or 'none'} of them spill registers")
+    print(f"\n{spilling or 'none'} of them spill registers")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Measuring on a GPU.
 
 
 def timed(run, repeat=20):
     """Median milliseconds of run() on the GPU, which starts with a cold cache and never waits for Python: it sleeps
     until all of run's launches are queued."""
-    events, cold, cycles = (
-        [],
-        torch.zeros(2**26, device=DEVICE),
-        2**22,
-    )  # cycles: about two milliseconds
+    events = []
+    cold = torch.zeros(2**26, device=DEVICE)
+    cycles = 2**22  # about two milliseconds
     run()  # compiles
     while len(events) < repeat + 3:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -162,7 +196,7 @@ class Measuring:
         self.progress, self.until, self.done = Progress(total), time.monotonic() + seconds, 0
 
     def __call__(self, name, measure):
-        """measure(), or None and one line that says why not: rivals may lack memory or support."""
+        """measure(), or None: the time is up, or a line says why not. Rivals may lack memory or support."""
         self.done += 1
         if time.monotonic() > self.until:
             return None
@@ -177,17 +211,114 @@ class Measuring:
                 torch.cuda.empty_cache()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training: everybody starts from q, v and, for QV-Ka, ctx and W_K. The fused kernel folds W_K into the query; the
-# others make the keys. The decay is a constant here, for rivals would need a gradient of all of their mask.
-
-
 def random(*shape):
     return torch.randn(*shape, device=DEVICE, dtype=DTYPE)
 
 
 def heads_first(*tensors):
     return [x.transpose(1, 2) for x in tensors]  # (B, T, H, D) -> (B, H, T, D)
+
+
+# -----------------------------------------------------------------------------
+# Training. A form says which tensors an attention starts from, and how the kernel and its rivals compute it: all that
+# the form needs is in the measured time, for everybody. The decay is a constant here, for rivals would need a gradient
+# of all of their mask.
+
+
+class QKV:
+    """Keys of their own."""
+
+    def __init__(self, B, T):
+        self.q, self.k, self.v = (random(B, T, H, D).requires_grad_() for _ in range(3))
+        self.inputs = [self.q, self.k, self.v]
+
+    def fused(self, decay):
+        return kernel.attention(self.q, self.v, self.k, decay=decay)
+
+    def joined(self):
+        """Query, key and value as the rivals take them, with as many heads and equally wide queries and keys."""
+        return self.q, self.k, self.v
+
+
+class QV(QKV):
+    """The value is the key."""
+
+    def __init__(self, B, T):
+        self.q, self.v = (random(B, T, H, D).requires_grad_() for _ in range(2))
+        self.inputs = [self.q, self.v]
+
+    def fused(self, decay):
+        return kernel.attention(self.q, self.v, decay=decay)
+
+    def joined(self):
+        return self.q, self.v, self.v
+
+
+class QVKa(QKV):
+    """Keys [g; v] W_K, which are made first: as QV-Ka trains without RoPE."""
+
+    def __init__(self, B, T):
+        self.q, self.v = (random(B, T, H, D).requires_grad_() for _ in range(2))
+        self.ctx = random(B, T, E).requires_grad_()
+        self.w_k = (random(H, E + D, D) / 8).requires_grad_()
+        self.inputs = [self.q, self.v, self.ctx, self.w_k]
+
+    def keys(self):
+        of_contexts = torch.einsum("bse,hed->bshd", self.ctx, self.w_k[:, :E])
+        return of_contexts + torch.einsum("bshc,hcd->bshd", self.v, self.w_k[:, E:])
+
+    def fused(self, decay):
+        return kernel.attention(self.q, self.v, self.keys(), decay=decay)
+
+    def joined(self):
+        return self.q, self.keys(), self.v
+
+
+class Folded(QKV):
+    """The query [q_ctx; q_v] = W_K q: as QV-Ka trains under RoPE. Rivals need the key [g; v] for every head."""
+
+    def __init__(self, B, T):
+        self.q = random(B, T, H, E + D).requires_grad_()
+        self.v = random(B, T, H, D).requires_grad_()
+        self.ctx = random(B, T, E).requires_grad_()
+        self.inputs = [self.q, self.v, self.ctx]
+
+    def fused(self, decay):
+        q_ctx, q_v = self.q.split([E, D], dim=-1)
+        return kernel.attention(q_v, self.v, q_ctx=q_ctx, ctx=self.ctx, decay=decay, scale=D**-0.5)
+
+    def joined(self):
+        contexts = self.ctx[:, :, None].expand(-1, -1, H, -1)
+        return self.q, torch.cat([contexts, self.v], dim=-1), self.v
+
+
+FORMS = {"qv": QV, "qv_ka": QVKa, "qkv": QKV, "folded": Folded}
+
+
+def decay_mask(T, decay):
+    """What SDPA adds to the scores, (1, H, T, T)."""
+    position = torch.arange(T, device=DEVICE, dtype=torch.float32)
+    distance = position[:, None] - position
+    mask = torch.empty(1, len(decay), T, T, device=DEVICE, dtype=DTYPE)
+    for h, a in enumerate(decay):  # head by head, to spare memory
+        mask[0, h] = (-a * torch.log1p(distance.abs())).masked_fill_(distance < 0, -math.inf)
+    return mask
+
+
+def sdpa(form, decay, pad=False):
+    """PyTorch's fused attention. It has its fastest kernel only for values as wide as the keys: `pad` fills them up."""
+    mask = None if decay is None else decay_mask(form.v.size(1), decay)
+
+    def run():
+        q, k, v = form.joined()
+        if pad:
+            v = F.pad(v, (0, k.size(-1) - v.size(-1)))
+        out = F.scaled_dot_product_attention(
+            *heads_first(q, k, v), attn_mask=mask, is_causal=mask is None, scale=D**-0.5
+        )
+        return out.transpose(1, 2)[..., :D]
+
+    return run
 
 
 @functools.cache
@@ -200,71 +331,48 @@ def flex_attention():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def contestants(T, E, decayed):
-    """At one shape, name: (make, inputs). make() brings what is made once, such as a mask, and returns the attention to
-    be timed, a function without arguments, whose result (B, T, H, D) or (B, H, T, D) has gradients for the inputs."""
-    B = TOKENS // T
-    q, v, other = (random(B, T, H, D).requires_grad_() for _ in range(3))
-    ctx, w_k = (
-        (random(B, T, E).requires_grad_(), (random(H, E + D, D) / 8).requires_grad_())
-        if E
-        else (None, None)
-    )
-    decay = torch.logspace(-2, 2, H, base=2, device=DEVICE) if decayed else None
+def flex(form, decay):
+    """PyTorch's FlexAttention, compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
-    def key():
-        if not E:
-            return v
-        return torch.einsum("bse,hed->bshd", ctx, w_k[:, :E]) + torch.einsum(
-            "bshc,hcd->bshd", v, w_k[:, E:]
-        )
+    T = form.v.size(1)
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=DEVICE)
 
-    def fused():
-        q_ctx, q_v = (
-            torch.einsum("bthd,hcd->bthc", q, w_k).split([E, D], dim=-1) if E else (None, q)
-        )
-        return qv_attention(q_v, v, q_ctx, ctx, decay)
+    def power_law(score, b, h, i, j):
+        return score - decay[h] * torch.log1p((i - j).abs().float())
 
-    def make_sdpa():
-        mask = None
-        if decayed:
-            i = torch.arange(T, device=DEVICE, dtype=torch.float32)
-            distance = i[:, None] - i
-            mask = q.new_empty(1, H, T, T)  # head by head, to spare memory
-            for h in range(H):
-                mask[0, h] = (-decay[h] * torch.log1p(distance.abs())).masked_fill_(
-                    distance < 0, -math.inf
-                )
-        return lambda: F.scaled_dot_product_attention(
-            *heads_first(q, key(), v), attn_mask=mask, is_causal=mask is None
-        )
+    def run():
+        score_mod = None if decay is None else power_law
+        inputs = heads_first(*form.joined())
+        out = flex_attention()(*inputs, score_mod=score_mod, block_mask=mask, scale=D**-0.5)
+        return out.transpose(1, 2)
 
-    def make_flex():
-        from torch.nn.attention.flex_attention import create_block_mask
+    return run
 
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=DEVICE)
-        bias = lambda score, b, h, i, j: score - decay[h] * torch.log1p((i - j).abs().float())
-        return lambda: flex_attention()(
-            *heads_first(q, key(), v), score_mod=bias if decayed else None, block_mask=mask
-        )
 
-    qkv = lambda: F.scaled_dot_product_attention(*heads_first(q, other, v), is_causal=True)
-    inputs = [q, v, ctx, w_k] if E else [q, v]
+def contestants(form, decay):
+    """name: a function that makes what is made once, such as a mask, and returns the attention to be timed: a function
+    without arguments, whose result (B, T, H, D) has gradients for form.inputs."""
     found = {
-        "fused": (lambda: fused, inputs),
-        "sdpa": (make_sdpa, inputs),
-        "flex": (make_flex, inputs),
+        "fused": lambda: functools.partial(form.fused, decay),
+        "sdpa": lambda: sdpa(form, decay),
+        "flex": lambda: flex(form, decay),
     }
-    return found if E or decayed else found | {"qkv": (lambda: qkv, [q, other, v])}
+    if isinstance(form, Folded):
+        found["padded"] = lambda: sdpa(form, decay, pad=True)
+    return found
 
 
-def measure_training(make, inputs):
+def measure_training(form, make):
     """Milliseconds forward, and forward + backward, and bytes at the peak of the latter beyond the inputs."""
     gc.collect()
     before = torch.cuda.memory_allocated()
     run = make()
     d_out = torch.randn_like(run())
-    both = lambda: torch.autograd.grad(run(), inputs, d_out)
+
+    def both():
+        return torch.autograd.grad(run(), form.inputs, d_out)
+
     return timed(run), timed(both), peak_memory(both) - before - d_out.nbytes
 
 
@@ -273,29 +381,52 @@ def flop(T):
     return 4 * H * TOKENS * T * D / 2
 
 
-def bench_training(measuring, E):
-    """A line per shape and contestant."""
-    for T, decayed in product(LENGTHS, (False, True)):
-        found = measuring("their inputs", lambda: contestants(T, E, decayed)) or {}
-        for name, (make, inputs) in found.items():
-            result = measuring(name, lambda: measure_training(make, inputs))
-            cells = (
-                ["-"] * 3
-                if result is None
-                else [
-                    f"{result[0]:8.3f} ms {flop(T) / result[0] / 1e9:4.0f}",
-                    f"{result[1]:8.3f} ms {3.5 * flop(T) / result[1] / 1e9:4.0f}",
-                    f"{result[2] / 2**20:7.0f} MiB",
-                ]
-            )
-            print(
-                f"T {T:5}  d_ctx {E:3}  decay {'yes' if decayed else 'no ':3}  {name:5} "
-                + "  ".join(f"{cell:>16}" for cell in cells),
-                flush=True,
-            )
+def print_training(title, T, results):
+    """A line for each contestant."""
+    for name, result in results.items():
+        if result is None:
+            print(f"{title}  {name:6}  -", flush=True)
+            continue
+        forward, both, peak = result
+        speed = flop(T) / forward / 1e9, 3.5 * flop(T) / both / 1e9
+        cells = f"{forward:8.3f} ms {speed[0]:4.0f}  {both:8.3f} ms {speed[1]:4.0f}"
+        ratio = f"{results['fused'][1] / both:5.2f}" if results["fused"] else "    -"
+        print(f"{title}  {name:6}  {cells}  {peak / 2**20:6.0f} MiB  {ratio}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def bench_training(measuring, name):
+    """The lines of one form; returns the kernel's time as a share of SDPA's and of FlexAttention's, for each shape."""
+    ratios = {}
+    for decayed, T in product((True, False), LENGTHS):
+        form = measuring("their inputs", lambda: FORMS[name](TOKENS // T, T))
+        if form is None:
+            continue
+        decay = torch.logspace(-2, 2, H, base=2, device=DEVICE) if decayed else None
+        results = {}
+        for rival, make in contestants(form, decay).items():
+            results[rival] = measuring(rival, lambda: measure_training(form, make))
+        yes_or_no = "yes" if decayed else "no"
+        print_training(f"{name:6}  T {T:5}  decay {yes_or_no:3}", T, results)
+        both = {rival: result[1] for rival, result in results.items() if result}
+        if "padded" in both:
+            both["sdpa"] = min(both.get("sdpa", math.inf), both["padded"])
+        for rival in "sdpa", "flex":
+            if "fused" in both and rival in both:
+                ratios[name, yes_or_no, T, rival] = both["fused"] / both[rival]
+    return ratios
+
+
+def print_ratios(ratios):
+    """The kernel's time, forward and backward, as a share of its rivals'."""
+    print("\nfused / rival, forward + backward" + "".join(f"{f'T {T}':>9}" for T in LENGTHS))
+    for name, decay, rival in product(FORMS, ("yes", "no"), ("sdpa", "flex")):
+        shares = [ratios.get((name, decay, T, rival)) for T in LENGTHS]
+        if any(shares):
+            cells = "".join(f"{share:9.2f}" if share else f"{'-':>9}" for share in shares)
+            print(f"{name:6}  decay {decay:3}  of {rival:12}{cells}")
+
+
+# -----------------------------------------------------------------------------
 # Decoding: one token for each of a batch of sequences, all equally long.
 
 
@@ -303,16 +434,13 @@ def attentions_to_decode(B, S):
     """name: a function without arguments. QV and QV-Ka by the kernel; and QKV by all that PyTorch has for it."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    q, q_ctx, ctx = (
-        random(B, 1, DECODE_H, D),
-        random(B, 1, DECODE_H, DECODE_E),
-        random(B, S, DECODE_E),
-    )
-    k, v, shared = random(B, S, DECODE_H, D), random(B, S, DECODE_H, D), random(B, S, DECODE_G, D)
+    q, q_ctx = random(B, 1, DECODE_H, D), random(B, 1, DECODE_H, DECODE_E)
+    k, v, ctx = random(B, S, DECODE_H, D), random(B, S, DECODE_H, D), random(B, S, DECODE_E)
+    shared = random(B, S, DECODE_G, D)
     lengths = torch.full((B,), S, device=DEVICE, dtype=torch.int32)
     qkv = heads_first(q, k, v)
 
-    def sdpa(backend):
+    def by(backend):
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(*qkv)
 
@@ -322,66 +450,82 @@ def attentions_to_decode(B, S):
         SDPBackend.CUDNN_ATTENTION,
     )
     return {
-        "QV": lambda: qv_decode(q, v, lengths=lengths),
-        "QV-Ka": lambda: qv_decode(q, v, q_ctx, ctx, lengths=lengths),
-        "QV, shared": lambda: qv_decode(q, shared, lengths=lengths),
-        **{backend.name.lower(): functools.partial(sdpa, backend) for backend in backends},
+        "QV": lambda: kernel.decode(q, v, lengths=lengths),
+        "QV-Ka": lambda: kernel.decode(q, v, q_ctx, ctx, lengths=lengths),
+        "QV, shared": lambda: kernel.decode(q, shared, lengths=lengths),
+        **{backend.name.lower(): functools.partial(by, backend) for backend in backends},
     }
 
 
+def copy_bandwidth():
+    """GB/s, read and written."""
+    source = torch.empty(2**31 if DEVICE == "cuda" else 2**20, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / timed(lambda: target.copy_(source)) / 1e6
+
+
 def bench_decoding(measuring):
-    """A line per batch and context."""
-
-    def copying():
-        source = torch.empty(2**31 if DEVICE == "cuda" else 2**20, dtype=torch.uint8, device=DEVICE)
-        target = torch.empty_like(source)
-        return (
-            2 * source.nbytes / timed(lambda: target.copy_(source)) / 1e6
-        )  # GB/s, read and written
-
-    bandwidth = measuring("copying", copying)
+    """A line for each batch and context."""
+    bandwidth = measuring("copying", copy_bandwidth)
     if bandwidth is None:
         return
+    numbers = {  # of 16 bits, that are remembered of a token
+        "QV": DECODE_H * D,
+        "QV-Ka": DECODE_H * D + DECODE_E,
+        "QV, shared": DECODE_G * D,
+    }
     print(
         f"\ncopy bandwidth {bandwidth:.0f} GB/s; shared: {DECODE_G} values for {DECODE_H} heads\n"
-        " batch context          QV us  share       QV-Ka us  share  QV, shared us  share   QKV us (fastest)"
+        " batch context         QV us  share      QV-Ka us  share  QV, shared us share"
+        "   QKV us (fastest)             QKV / QV"
     )
     for B, S in product(BATCHES, CONTEXTS):
         runs = (
             measuring("their inputs", lambda: attentions_to_decode(B, S)) or {}
         )  # 34 GB at the end
         ms = {name: measuring(name, lambda: timed(run)) for name, run in runs.items()}
-        row = DECODE_H * D, DECODE_H * D + DECODE_E, DECODE_G * D  # numbers of 16 bits per token
-        share = {
-            name: ms.get(name) and 2 * B * S * n / ms[name] / 1e6 / bandwidth
-            for name, n in zip(("QV", "QV-Ka", "QV, shared"), row)
-        }
-        qkv = min(((x, name) for name, x in ms.items() if x and name not in share), default=None)
-        cells = [
-            f"{1000 * ms[name]:8.1f}  {share[name]:5.0%}" if share[name] else "-" for name in share
-        ]
-        cells += [f"{1000 * qkv[0]:8.1f} ({qkv[1]})" if qkv else "-"]
-        print(f"{B:6} {S:7} {cells[0]:>20} {cells[1]:>20} {cells[2]:>20} {cells[3]}", flush=True)
+        cells = []
+        for name, n in numbers.items():
+            if ms.get(name):
+                share = 2 * B * S * n / ms[name] / 1e6 / bandwidth
+                cells.append(f"{1000 * ms[name]:8.1f}  {share:5.0%}")
+            else:
+                cells.append("-")
+        rivals = [(x, name) for name, x in ms.items() if x and name not in numbers]
+        if rivals:
+            fastest, name = min(rivals)
+            cells.append(f"{1000 * fastest:8.1f} ({name})")
+            cells.append(f"{fastest / ms['QV']:.2f}" if ms["QV"] else "-")
+        else:
+            cells += ["-", "-"]
+        row = (
+            f"{B:6} {S:7} {cells[0]:>19} {cells[1]:>19} {cells[2]:>19} {cells[3]:30} {cells[4]:>6}"
+        )
+        print(row, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Whole models, as users run them: seconds by the clock, in which the host's time counts.
 
 
-def measure_model(name, batch, config):
-    """By one kernel: seconds of the first compiled training step, milliseconds of the others, MiB at their peak, and
-    tokens/s of generation: of one sequence, not compiled."""
-    model, idx = (
-        GPT(config).to(DEVICE),
-        torch.randint(config.vocab_size, (batch, config.block_size), device=DEVICE),
-    )
-    for block in model.blocks:
-        block.attention.kernel = kernel if name == "triton" else None
-    optimizer, compiled, n = (
-        torch.optim.AdamW(model.parameters()),
-        torch.compile(model),
-        config.block_size - 1,
-    )
+def clock(run):
+    """Seconds of run(), the host's time included."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure_model(fused, batch, config):
+    """Seconds of the first compiled training step, milliseconds of the others, MiB at their peak, and tokens/s of
+    generation: of one sequence, not compiled."""
+    model = GPT(config).to(DEVICE)
+    model.use_kernel(fused)
+    compiled = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    idx = torch.randint(config.vocab_size, (batch, config.block_size), device=DEVICE)
+    n = config.block_size - 1
 
     def step():
         optimizer.zero_grad()
@@ -394,72 +538,65 @@ def measure_model(name, batch, config):
         with torch.autocast(DEVICE, DTYPE):
             return sum(1 for _ in model.eval().generate(idx[:1, :1], n))
 
-    first, milliseconds = clock(step), 1000 * min(clock(step) for _ in range(STEPS))
-    return (
-        first,
-        milliseconds,
-        peak_memory(step) / 2**20,
-        n / min(clock(generate) for _ in range(2)),
-    )
-
-
-def clock(run):
-    """Seconds of run(), the host's time included."""
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
+    first = clock(step)
+    milliseconds = 1000 * min(clock(step) for _ in range(STEPS))
+    peak = peak_memory(step) / 2**20
+    return first, milliseconds, peak, n / min(clock(generate) for _ in range(2))
 
 
 def bench_models(seconds):
-    """A line per shape, attention, positions and kernel."""
-    cases = [*product(SHAPES, ("qv", "qv_ka"), ("rope", "agf"), ("torch", "triton"))]
+    """A line for each size, attention, positions, and way to compute them."""
+    attentions, positions = ("qkv", "qv", "qv_ka"), ("agf", "rope+agf")
+    cases = list(product(MODELS, attentions, positions, ("torch", "triton")))
     measuring = Measuring(len(cases), seconds)
-    print("shape attention pos   kernel   first s   step ms  peak MiB  tokens/s")
-    for shape, attention, pos, name in cases:
-        batch, sizes = SHAPES[shape]
+    print("size attention pos      kernel   first s   step ms  peak MiB  tokens/s")
+    for size, attention, pos, name in cases:
+        batch, sizes = MODELS[size]
         config = GPTConfig(attention=attention, pos=pos, **sizes)
-        result = measuring(name, lambda: measure_model(name, batch, config))
+        result = measuring(name, lambda: measure_model(name == "triton", batch, config))
         torch.compiler.reset()
         cells = "".join(f"{x:10.1f}" for x in result) if result else "         -"
-        print(f"{shape:5} {attention:9} {pos:5} {name:6}{cells}", flush=True)
+        print(f"{size:4} {attention:9} {pos:8} {name:6}{cells}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def benchmark(seconds):
+    """First what is least known, for the time may be up before the end."""
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE
     print(
         f"{device}, torch {torch.__version__}, triton {triton.__version__}; {H} heads of {D}, {TOKENS} tokens\n"
-        "forward: ms and TFLOP/s, forward + backward: ms and TFLOP/s, peak memory beyond inputs (and SDPA's mask)"
+        "forward: ms and TFLOP/s; forward + backward: ms and TFLOP/s; peak memory beyond inputs (and SDPA's mask);\n"
+        "the kernel's time, forward + backward, as a share of this one\n"
     )
     warm = random(64, 64).requires_grad_()
     (warm @ warm).sum().backward()  # cuBLAS takes its memory, once
-    measuring = Measuring(
-        len(LENGTHS) * (9 + 8 * (len(WIDTHS) - 1)) + 1 + 8 * len(BATCHES) * len(CONTEXTS), seconds
-    )
-    bench_training(measuring, 0)
+    shapes = 2 * len(LENGTHS)
+    measuring = Measuring(shapes * (4 * 4 + 1) + 1 + 7 * len(BATCHES) * len(CONTEXTS), seconds)
+    ratios = bench_training(measuring, "qv") | bench_training(measuring, "qv_ka")
     bench_decoding(measuring)
-    for E in WIDTHS[1:]:
-        bench_training(measuring, E)
+    print()
+    ratios |= bench_training(measuring, "folded") | bench_training(measuring, "qkv")
+    print_ratios(ratios)
 
 
 def main(flags=None):
     parser = new_parser(__doc__, prog="kernel.py")
     parser.add_argument(
-        "--compile_report", action="store_true", help="what the compiler makes of the kernels"
+        "--compile_report",
+        action="store_true",
+        help="print what the compiler makes of the kernels, though there is a GPU",
     )
     parser.add_argument(
-        "--models", action="store_true", help="whole models instead of attention alone"
+        "--models", action="store_true", help="measure whole models instead of attention alone"
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=480,
-        help="after these nothing new is measured (default: 480)",
+        help="seconds after which nothing new is measured (default: 480)",
     )
     args = parser.parse_args(flags)
     if triton is None:
@@ -468,11 +605,16 @@ def main(flags=None):
         )
     if kernel.INTERPRETED:
         raise UserError("TRITON_INTERPRET=1 leaves nothing to compile, or to measure; unset it")
-    if torch.cuda.is_available() and not args.compile_report:
-        return bench_models(args.seconds) if args.models else benchmark(args.seconds)
-    print_compile_report()
-    if not torch.cuda.is_available():
-        print("the benchmark needs a CUDA GPU, and there is none here")
+    if args.compile_report or not torch.cuda.is_available():
+        if not torch.cuda.is_available():
+            print(
+                "There is no CUDA GPU here, so nothing is timed. What the compiler makes of each kernel:\n"
+            )
+        print_compile_report()
+    elif args.models:
+        bench_models(args.seconds)
+    else:
+        benchmark(args.seconds)
 
 
 if __name__ == "__main__":
