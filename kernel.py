@@ -88,8 +88,9 @@ def attention_plain(q, v, k=None, q_ctx=None, ctx=None, decay=None, scale=None):
 
 def decode_plain(q, v, q_ctx=None, ctx=None, decay=None, lengths=None):
     """`decode` likewise, one sequence after the other."""
+    lengths = [v.size(1)] * len(v) if lengths is None else lengths.tolist()
     outs = []
-    for b, n in enumerate(lengths.tolist()):
+    for b, n in enumerate(lengths):
         sequence = slice(b, b + 1)
         q_b, v_b = q[sequence], v[sequence, :n]
         q_ctx_b = None if ctx is None else q_ctx[sequence]
@@ -346,7 +347,7 @@ def decode_kernel(inputs, S, H, G, scale, lengths, out, lse, D: tl.constexpr, E:
     first, end = g * (H // G), (g + HEADS) * (H // G)
     h, column = first + tl.arange(0, M)[:, None], tl.arange(0, HEADS * D)[None, :]
     diagonal = h // (H // G) == g + column // D  # (M, HEADS D)
-    length = tl.minimum(tl.load(lengths + b), S).to(tl.int32)
+    length = S if lengths is None else tl.minimum(tl.load(lengths + b), S).to(tl.int32)
     part = tl.cdiv(tl.cdiv(length, N), n_split) * N  # equal parts of each sequence;
     start, stop = split * part, tl.minimum(split * part + part, length)  # the last may be empty
 
@@ -536,7 +537,7 @@ backward_op = operator(
 )(run_backward)
 decode_op = operator(
     "qv::decode",
-    schema="(Tensor q, Tensor v, Tensor? q_ctx, Tensor? ctx, Tensor? decay, Tensor lengths)"
+    schema="(Tensor q, Tensor v, Tensor? q_ctx, Tensor? ctx, Tensor? decay, Tensor? lengths)"
     " -> Tensor",
 )(run_decode)
 attention_op.register_fake(lambda q, *others: (q.new_empty(q.shape), numbers(q, 1)))
@@ -598,7 +599,8 @@ def decode(q, v, q_ctx=None, ctx=None, decay=None, lengths=None):
     q       (B, 1, H, D)  a query per sequence, that of its last token; likewise q_ctx (B, 1, H, E)
     v       (B, S, G, D)  a buffer for S tokens, and ctx (B, S, E) another; what stands behind a
                           sequence's length is never used, not even if it is NaN
-    lengths (B,)          how many tokens each sequence remembers, 1 to S (not checked); int32 or int64
+    lengths (B,)          how many tokens each sequence remembers, 1 to S (not checked), int32 or
+                          int64; or None: all of S
 
     Returns (B, 1, H, D). All else is as in `attention`. Sequences are read in parts, of which a mean
     is taken, as in Flash-Decoding (https://pytorch.org/blog/flash-decoding/)."""
@@ -625,7 +627,7 @@ def check(sizes, **inputs):
         missing = "ctx" if inputs["ctx"] is None else "q_ctx"
         refuse(missing, None, "a tensor, as q_ctx and ctx go together")
     for name, x in inputs.items():
-        if x is None and name in ("k", "q_ctx", "ctx", "decay"):
+        if x is None and name not in ("q", "v"):
             continue
         if not isinstance(x, torch.Tensor):
             refuse(name, x, "a tensor")
