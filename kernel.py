@@ -5,9 +5,9 @@
     o_i  = sum_j p_ij v_j
 
 The second product and the last term are there only if asked for, and scale is 1 / sqrt(D) unless
-another one is given. A context g_j is a key that all heads share. The value v_j may be the key, too:
-then no k exists, and a tile of V, once loaded, serves both products. So this is every attention of
-model.py:
+another one is given. A context g_j is a key that all heads share. The value v_j may be the key,
+too: then no k exists, and a tile of V, once loaded, serves both products. So this is every
+attention of model.py:
 
     qkv, gqa   attention(q, v, k)
     mla        attention(q, v, k), under rope with q_ctx and ctx for its rotary key
@@ -16,8 +16,8 @@ model.py:
                be made, attention(q_v, v, q_ctx=q_ctx, ctx=g) with the query [q_ctx; q_v] = W_K q
 
 The softmax is computed tile by tile and no score leaves the chip (FlashAttention, arXiv:2205.14135
-and 2307.08691). What is saved for the backward pass is o and lse_i = log sum_j exp(s_ij), from which
-p_ij = exp(s_ij - lse_i) is computed again. With delta_i = dO_i . o_i,
+and 2307.08691). What is saved for the backward pass is o and lse_i = log sum_j exp(s_ij), from
+which p_ij = exp(s_ij - lse_i) is computed again. With delta_i = dO_i . o_i,
 
     ds_ij    = scale p_ij (dO_i . v_j - delta_i)     the gradient of the products, q_i . k_j + ...
     dq_i     = sum_j ds_ij k_j
@@ -32,14 +32,14 @@ products of tiles where one kernel would compute 5, but each number is summed by
 fixed order, without atomics, and is the same in every run.
 
 Letters: B batch, T queries (the last T of the S tokens), S remembered tokens, H heads, G heads of
-keys and values (query head h asks head h // (H / G)), D head width, E width of the context (0: there
-is none); M x N is a tile: M queries by N tokens. A GPU's exponential has base 2, so of exponents
-the kernels keep
+keys and values (query head h asks head h // (H / G)), D head width, K width of the keys (D, or 0
+where the value is the key), E width of the contexts (0: there are none); M x N is a tile: M queries
+by N tokens. A GPU's exponential has base 2, so of exponents the kernels keep
 
     log2(e) s_ij = scale2 (q_i . k_j + q_ctx_i . g_j - a log2(1 + i - j))
 
-with scale2 = log2(e) scale and a = a_h / scale2: one multiply-add for the distance, and one for what
-the exponential takes.
+with scale2 = log2(e) scale and a = a_h / scale2: one multiply-add for the distance, and one for
+what the exponential takes.
 
     python kernel.py      tests/benchmark.py: time and memory; without a GPU, what the compiler made
 """
@@ -107,6 +107,13 @@ def decode_plain(q, v, q_ctx=None, ctx=None, decay=None, lengths=None):
 
 
 @jit
+def sequence_and_head(H):
+    """Those that a program is for: the first axis of the grid has B H programs."""
+    program = tl.program_id(0).to(tl.int64)
+    return program // H, program % H
+
+
+@jit
 def rows(x, b, h, start, R: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr):
     """Pointers to R rows of HEADS heads side by side, (R, HEADS W)."""
     pointer, x_b, x_row, x_h = x
@@ -120,7 +127,7 @@ def rows(x, b, h, start, R: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr):
 @jit
 def load(x, b, h, start, stop, R: tl.constexpr, W: tl.constexpr,
          EDGE: tl.constexpr = True, HEADS: tl.constexpr = 1):  # fmt: skip
-    """R rows from `start` on as a tile, (R, HEADS W). At a tensor's EDGE, those from `stop` on are 0."""
+    """A tile of R rows from `start` on, (R, HEADS W); at a tensor's EDGE, 0 from `stop` on."""
     at = rows(x, b, h, start, R, W, HEADS)
     if EDGE:
         tile = tl.load(at, mask=start + tl.arange(0, R)[:, None] < stop, other=0.0)
@@ -153,9 +160,8 @@ if triton:
 def scores(x, y, x_ctx, y_ctx, span, a, MASK: tl.constexpr):
     """log2(e) s_ij / scale2 of a tile; and, under decay, log2 of its spans, 1 + i - j.
     x are queries and y tokens, or the other way round. Without MASK no query meets the future."""
-    s = dot(x, tl.trans(y), None)
-    if x_ctx is not None:
-        s = dot(x_ctx, tl.trans(y_ctx), s)
+    s = None if x_ctx is None else dot(x_ctx, tl.trans(y_ctx), None)
+    s = dot(x, tl.trans(y), s)
     log_span = 0.0
     if a is not None:
         past = tl.maximum(span, 1.0) if MASK else span
@@ -178,10 +184,10 @@ def attend(acc, l_i, m_i, s, v_tile, scale2):
 
 
 # -----------------------------------------------------------------------------
-# Forward: one program for each head and M queries, which walks over the tokens that they see. Loops
-# are compiled twice: with masks for the tiles on the diagonal, then without for the FULL ones, which
-# all queries see. (In the other order, the compiler has Hopper's tensor cores wait after each
-# single product.)
+# Forward: one program for each head and M queries, which walks over the tokens that they see.
+# Loops are compiled twice: with masks for the tiles on the diagonal, then without for the FULL
+# ones, which all queries see. (In the other order, the compiler has Hopper's tensor cores wait
+# after each single product.)
 
 
 @jit
@@ -190,7 +196,7 @@ def forward_kernel(inputs, T, S, H, G, scale, out, lse,
                    M: tl.constexpr, N: tl.constexpr):  # fmt: skip
     q, v, k, q_ctx, ctx, decay = inputs
     scale2 = scale * LOG2_E
-    b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
+    b, h = sequence_and_head(H)
     g = h // (H // G)
     a = None if decay is None else tl.load(decay + h).to(tl.float32) / scale2
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * M  # those that see most tokens start first
@@ -223,7 +229,7 @@ def forward_kernel(inputs, T, S, H, G, scale, out, lse,
 
 @jit
 def delta_kernel(out, d_out, lse, rest, T, H, scale, D: tl.constexpr, M: tl.constexpr):
-    b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
+    b, h = sequence_and_head(H)
     t0 = tl.program_id(1) * M
     o = load(out, b, h, t0, T, M, D).to(tl.float32)
     delta = tl.sum(o * load(d_out, b, h, t0, T, M, D).to(tl.float32), 1)  # (M,)
@@ -234,13 +240,13 @@ def delta_kernel(out, d_out, lse, rest, T, H, scale, D: tl.constexpr, M: tl.cons
 @jit
 def token_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_v, d_k, d_ctx,
                           D: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-                   M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+                          M: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """Scores lie on their side here, (N, M), so that p and ds come out of one product as the next
-    one needs them. Queries from T on add nothing: their dO and delta are 0, and their p is at most 1,
-    as their q and lse are 0 and a_h > 0."""
+    one needs them. Queries from T on add nothing: their dO and delta are 0, and their p is at most
+    1, as their q and lse are 0 and a_h > 0."""
     q, v, k, q_ctx, ctx, decay = inputs
     scale2 = scale * LOG2_E
-    b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
+    b, h = sequence_and_head(H)
     g = h // (H // G)
     a = None if decay is None else tl.load(decay + h).to(tl.float32) / scale2
     j0 = tl.program_id(1) * N
@@ -282,10 +288,10 @@ def token_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_v, d_k, d_ct
 @jit
 def query_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_q, d_q_ctx, d_decay,
                           D: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-                   M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+                          M: tl.constexpr, N: tl.constexpr):  # fmt: skip
     q, v, k, q_ctx, ctx, decay = inputs
     scale2 = scale * LOG2_E
-    b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
+    b, h = sequence_and_head(H)
     g = h // (H // G)
     a = None if decay is None else tl.load(decay + h).to(tl.float32) / scale2
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
@@ -322,18 +328,18 @@ def query_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_q, d_q_ctx, 
 
 
 # -----------------------------------------------------------------------------
-# Decoding: one query per sequence, so reading the cache is all that takes time. A program reads part
-# of a sequence for a few value heads that lie side by side: a row of 4 heads of width 64 is 512
-# bytes in one piece. So that tensor cores can multiply such rows, the queries stand on a block
+# Decoding: one query per sequence, so reading the cache is all that takes time. A program reads
+# part of a sequence for a few value heads that lie side by side: a row of 4 heads of width 64 is
+# 512 bytes in one piece. So that tensor cores can multiply such rows, the queries stand on a block
 # diagonal,
 #
 #     [q_1  0    0  ]     [v_1]     [q_1 . v_1]
 #     [ 0  q_2   0  ]  x  [v_2]  =  [q_2 . v_2]
 #     [ 0   0   q_3 ]     [v_3]     [q_3 . v_3]
 #
-# where v_g is a column of D numbers and there is a row q_g for each head that asks it. Of P V, which
-# is all values by all weights, the diagonal blocks are the answer. (One head's infinite value is
-# NaN for the others.)
+# where v_g is a column of D numbers and there is a row q_g for each head that asks it. Of P V,
+# which is all values by all weights, the diagonal blocks are the answer. (One head's infinite
+# value is NaN for the others.)
 
 
 @jit
@@ -377,7 +383,8 @@ def decode_kernel(inputs, S, H, G, scale, lengths, out, lse, D: tl.constexpr, E:
 # Launching them.
 
 # M, N, warps, pipeline stages and, so that two programs fit a multiprocessor, most registers of a
-# thread. By rule, so that no first call waits for a search; in 16 bits they do not spill registers.
+# thread. Chosen by a rule (see `options`), so that no first call waits for a search. In 16 bits no
+# registers are spilled, except where K = E = 128.
 KERNELS = ["forward", "token_backward", "query_backward", "decode", "delta"]
 TILES = {
     "float32": [(16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 2), (64,)],
@@ -433,8 +440,8 @@ def grid(heads, length, letter):
 
 
 def numbers(q, width):
-    """(B, T, H, width) float32, where heads start at multiples of 64 numbers, so that no length T is
-    reason to compile anew."""
+    """(B, T, H, width) float32, where heads start at multiples of 64 numbers, so that no length T
+    is reason to compile anew."""
     B, T, H, _ = q.shape
     made = q.new_empty(B, H, (T + 63) // 64 * 64, width, dtype=torch.float32)
     return made[:, :, :T].transpose(1, 2)
@@ -580,10 +587,10 @@ def attention(q, v, k=None, q_ctx=None, ctx=None, decay=None, scale=None):
     decay   (H,)          exponents a_h > 0 of the power law by which distance counts, or None
     scale   a number      multiplies the products; None: 1 / sqrt(D)
 
-    Returns (B, T, H, D). All tensors are float32 (computed as such, not as TF32), float16 or bfloat16,
-    decay any of these; on CUDA; only the last dimension has to be contiguous. Memory beyond inputs,
-    output and gradients: O(B H T) numbers; and in the backward pass, of what heads share, the
-    gradients by each head. Raises ValueError for any other input."""
+    Returns (B, T, H, D). All tensors are float32 (computed as such, not as TF32), float16 or
+    bfloat16, decay any of these; on CUDA; only the last dimension has to be contiguous. Memory
+    beyond inputs, output and gradients: O(B H T) numbers; and in the backward pass, of what heads
+    share, the gradients by each head. Raises ValueError for any other input."""
     check({}, q=q, v=v, k=k, q_ctx=q_ctx, ctx=ctx, decay=decay)
     if scale is None:
         scale = q.size(-1) ** -0.5
@@ -602,8 +609,8 @@ def decode(q, v, q_ctx=None, ctx=None, decay=None, lengths=None):
     lengths (B,)          how many tokens each sequence remembers, 1 to S (not checked), int32 or
                           int64; or None: all of S
 
-    Returns (B, 1, H, D). All else is as in `attention`. Sequences are read in parts, of which a mean
-    is taken, as in Flash-Decoding (https://pytorch.org/blog/flash-decoding/)."""
+    Returns (B, 1, H, D). All else is as in `attention`. Sequences are read in parts, of which a
+    mean is taken, as in Flash-Decoding (https://pytorch.org/blog/flash-decoding/)."""
     check({"T": 1}, q=q, v=v, q_ctx=q_ctx, ctx=ctx, decay=decay, lengths=lengths)
     return decode_op(q, v, q_ctx, ctx, decay, lengths)
 

@@ -1,9 +1,10 @@
-"""What kernel.py costs. Run it, as `python kernel.py`, after a change of kernel.py, of Triton or of PyTorch, on the GPU
-that you train on.
+"""What kernel.py costs. Run it, as `python kernel.py`, after a change of kernel.py, of Triton or
+of PyTorch, on the GPU that you train on.
 
-On a GPU it measures time and memory of training, beside what else PyTorch has for the same attention, and time and
-share of the copy bandwidth of decoding; with --models, whole models as users run them. Without a GPU it says what the
-compiler makes of each kernel: registers, spills, shared memory, instructions."""
+On a GPU it measures time and memory of training, beside what else PyTorch has for the same
+attention, and time and share of the copy bandwidth of decoding; with --models, whole models as
+users run them. Without a GPU it says what the compiler makes of each kernel: registers, spills,
+shared memory, instructions."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ from prepare import Progress, UserError, describe_error, new_parser, run_program
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 
-# Training: heads, their width, the context's width, tokens in each batch, and the lengths to which they are cut.
+# Training: heads, their width, the context's width, tokens in each batch, and the lengths to which
+# they are cut.
 H, D, E, TOKENS = 12, 64, 128, 16384
 LENGTHS = 16384, 4096, 1024
 
@@ -52,7 +54,7 @@ MODELS = {
 
 
 class Absent:
-    """Stands in for the driver of a GPU of compute capability arch / 10, as far as compiling needs one."""
+    """Stands in for the driver of a GPU of compute capability arch / 10, to compile for it."""
 
     def __init__(self, arch):
         from triton.backends.compiler import GPUTarget
@@ -71,7 +73,7 @@ def disassemble(cubin):
 
 
 def instructions_a_tile(dump):
-    """How many instructions the last loop has: the one for tiles without masks, where all time goes."""
+    """How many instructions the last loop has: that for tiles without masks, where time goes."""
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", dump)]
     length = 0
     for at, text in code:
@@ -102,8 +104,8 @@ def compiled(arch, function, tensor, *args, **constants):
 
 
 def compile_report(arch, D, keys, E, decay, B=2, T=1024, H=H, G=None, only=""):
-    """A row for each kernel of a training step and, without keys, of a decoding step. arch is 80 (A100) or 90 (H100,
-    H200)."""
+    """A row for each kernel of a training step and, without keys, of a decoding step. arch is 80
+    (A100) or 90 (H100, H200)."""
     triton.runtime.driver.set_active(Absent(arch))
     rows = []
 
@@ -132,10 +134,10 @@ def compile_report(arch, D, keys, E, decay, B=2, T=1024, H=H, G=None, only=""):
 
 def print_compile_report():
     print(
-        "bfloat16. arch 80: A100, 90: H100 and H200; D, E: widths of heads and of the context; keys no: the value is\n"
-        "the key; tile: queries x tokens; registers and spilled bytes of a thread; bytes of shared memory; wgmma:\n"
-        "instructions for Hopper's tensor cores (decoding takes mma); waits: for them, the fewer the better; code:\n"
-        "instructions a tile\n"
+        "bfloat16. arch 80: A100, 90: H100 and H200; D, E: widths of heads and of the context;\n"
+        "keys no: the value is the key; tile: queries x tokens; registers and spilled bytes of a\n"
+        "thread; bytes of shared memory; wgmma: instructions for Hopper's tensor cores (decoding\n"
+        "takes mma); waits: for them, the fewer the better; code: instructions a tile\n"
     )
     columns = (
         "{:>4} {:>4} {:>4} {:>4} {:>5}  {:14} {:>8} {:>5} {:>6} {:>9} {:>7} {:>6} {:>5} {:>5} {:>4}"
@@ -161,8 +163,8 @@ def print_compile_report():
 
 
 def timed(run, repeat=20):
-    """Median milliseconds of run() on the GPU, which starts with a cold cache and never waits for Python: it sleeps
-    until all of run's launches are queued."""
+    """Median milliseconds of run() on the GPU, which starts with a cold cache and never waits for
+    Python: it sleeps until all of run's launches are queued."""
     events = []
     cold = torch.zeros(2**26, device=DEVICE)
     cycles = 2**22  # about two milliseconds
@@ -196,7 +198,7 @@ class Measuring:
         self.progress, self.until, self.done = Progress(total), time.monotonic() + seconds, 0
 
     def __call__(self, name, measure):
-        """measure(), or None: the time is up, or a line says why not. Rivals may lack memory or support."""
+        """measure(), or None: the time is up, or a line says what a rival lacks."""
         self.done += 1
         if time.monotonic() > self.until:
             return None
@@ -220,9 +222,9 @@ def heads_first(*tensors):
 
 
 # -----------------------------------------------------------------------------
-# Training. A form says which tensors an attention starts from, and how the kernel and its rivals compute it: all that
-# the form needs is in the measured time, for everybody. The decay is a constant here, for rivals would need a gradient
-# of all of their mask.
+# Training. A form says which tensors an attention starts from, and how the kernel and its rivals
+# compute it: all that the form needs is in the measured time, for everybody. The decay is a
+# constant here, for rivals would need a gradient of all of their mask.
 
 
 class QKV:
@@ -236,7 +238,8 @@ class QKV:
         return kernel.attention(self.q, self.v, self.k, decay=decay)
 
     def joined(self):
-        """Query, key and value as the rivals take them, with as many heads and equally wide queries and keys."""
+        """Query, key and value as the rivals take them, with as many heads and equally wide
+        queries and keys."""
         return self.q, self.k, self.v
 
 
@@ -275,7 +278,8 @@ class QVKa(QKV):
 
 
 class Folded(QKV):
-    """The query [q_ctx; q_v] = W_K q: as QV-Ka trains under RoPE. Rivals need the key [g; v] for every head."""
+    """The query [q_ctx; q_v] = W_K q: as QV-Ka trains under RoPE. Rivals need the key [g; v] for
+    every head."""
 
     def __init__(self, B, T):
         self.q = random(B, T, H, E + D).requires_grad_()
@@ -306,7 +310,8 @@ def decay_mask(T, decay):
 
 
 def sdpa(form, decay, pad=False):
-    """PyTorch's fused attention. It has its fastest kernel only for values as wide as the keys: `pad` fills them up."""
+    """PyTorch's fused attention. It has its fastest kernel only for values as wide as the keys:
+    `pad` fills them up."""
     mask = None if decay is None else decay_mask(form.v.size(1), decay)
 
     def run():
@@ -351,8 +356,9 @@ def flex(form, decay):
 
 
 def contestants(form, decay):
-    """name: a function that makes what is made once, such as a mask, and returns the attention to be timed: a function
-    without arguments, whose result (B, T, H, D) has gradients for form.inputs."""
+    """name: a function that makes what is made once, such as a mask, and returns the attention to
+    be timed: a function without arguments, whose result (B, T, H, D) has gradients for
+    form.inputs."""
     found = {
         "fused": lambda: functools.partial(form.fused, decay),
         "sdpa": lambda: sdpa(form, decay),
@@ -364,7 +370,7 @@ def contestants(form, decay):
 
 
 def measure_training(form, make):
-    """Milliseconds forward, and forward + backward, and bytes at the peak of the latter beyond the inputs."""
+    """Milliseconds forward, and forward + backward; bytes at its peak beyond the inputs."""
     gc.collect()
     before = torch.cuda.memory_allocated()
     run = make()
@@ -377,7 +383,8 @@ def measure_training(form, make):
 
 
 def flop(T):
-    """Of a forward pass by the usual convention: 4 B H T T D, halved as it is causal. Backward: 2.5 times as many."""
+    """Of a forward pass by the usual convention: 4 B H T T D, halved as it is causal. Backward:
+    2.5 times as many."""
     return 4 * H * TOKENS * T * D / 2
 
 
@@ -395,7 +402,8 @@ def print_training(title, T, results):
 
 
 def bench_training(measuring, name):
-    """The lines of one form; returns the kernel's time as a share of SDPA's and of FlexAttention's, for each shape."""
+    """The lines of one form; returns the kernel's time as a share of SDPA's and of
+    FlexAttention's, for each shape."""
     ratios = {}
     for decayed, T in product((True, False), LENGTHS):
         form = measuring("their inputs", lambda: FORMS[name](TOKENS // T, T))
@@ -431,7 +439,8 @@ def print_ratios(ratios):
 
 
 def attentions_to_decode(B, S):
-    """name: a function without arguments. QV and QV-Ka by the kernel; and QKV by all that PyTorch has for it."""
+    """name: a function without arguments. QV and QV-Ka by the kernel; and QKV by all that PyTorch
+    has for it."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q, q_ctx = random(B, 1, DECODE_H, D), random(B, 1, DECODE_H, DECODE_E)
@@ -518,8 +527,8 @@ def clock(run):
 
 
 def measure_model(fused, batch, config):
-    """Seconds of the first compiled training step, milliseconds of the others, MiB at their peak, and tokens/s of
-    generation: of one sequence, not compiled."""
+    """Seconds of the first compiled training step, milliseconds of the others, MiB at their peak,
+    and tokens/s of generation: of one sequence, not compiled."""
     model = GPT(config).to(DEVICE)
     model.use_kernel(fused)
     compiled = torch.compile(model)
@@ -567,9 +576,10 @@ def benchmark(seconds):
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE
     print(
-        f"{device}, torch {torch.__version__}, triton {triton.__version__}; {H} heads of {D}, {TOKENS} tokens\n"
-        "forward: ms and TFLOP/s; forward + backward: ms and TFLOP/s; peak memory beyond inputs (and SDPA's mask);\n"
-        "the kernel's time, forward + backward, as a share of this one\n"
+        f"{device}, torch {torch.__version__}, triton {triton.__version__}\n"
+        f"{H} heads of {D}, {TOKENS} tokens; forward: ms and TFLOP/s; forward + backward: ms and\n"
+        "TFLOP/s; peak memory beyond inputs (and SDPA's mask); the kernel's time, forward +\n"
+        "backward, as a share of this one\n"
     )
     warm = random(64, 64).requires_grad_()
     (warm @ warm).sum().backward()  # cuBLAS takes its memory, once
@@ -601,14 +611,14 @@ def main(flags=None):
     args = parser.parse_args(flags)
     if triton is None:
         raise UserError(
-            "the kernels need the package triton, which is not installed; model.py does without them"
+            "the kernels need the package triton, which is not installed; model.py does without"
         )
     if kernel.INTERPRETED:
         raise UserError("TRITON_INTERPRET=1 leaves nothing to compile, or to measure; unset it")
     if args.compile_report or not torch.cuda.is_available():
         if not torch.cuda.is_available():
             print(
-                "There is no CUDA GPU here, so nothing is timed. What the compiler makes of each kernel:\n"
+                "There is no CUDA GPU here, so nothing is timed. What the compiler makes of them:\n"
             )
         print_compile_report()
     elif args.models:

@@ -1,6 +1,6 @@
-"""kernel.py against plain PyTorch: on a GPU if there is one, else in Triton's interpreter, which runs
-the same kernels on the CPU; and compiled ahead of time for GPUs that need not be there, in a process
-beside the other tests."""
+"""kernel.py against plain PyTorch: on a GPU if there is one, else in Triton's interpreter, which
+runs the same kernels on the CPU; and compiled ahead of time for GPUs that need not be there, in a
+process beside the other tests."""
 
 import contextlib
 import importlib
@@ -56,8 +56,8 @@ def test_triton_was_not_imported_before_its_interpreter_was_asked_for():
 
 
 def pairs(factors, seed=0):
-    """Cases in which every two values of two factors meet at least once: the full product would take
-    hours."""
+    """Cases in which every two values of two factors meet at least once: the full product would
+    take hours."""
 
     def meetings(case):
         return {((a, case[a]), (b, case[b])) for a, b in combinations(factors, 2)}
@@ -93,7 +93,7 @@ def tensor(*shape, dtype=torch.float32, layout="plain"):
 
 def inputs(T, D, keys=False, E=0, decay=False, dtype=torch.float32, BHG=(1, 2, 2), past=0,
            layout="plain"):  # fmt: skip
-    """The tensors of a call by name, leaves that want gradients. `one buffer`: rows [context ; v]."""
+    """The tensors of a call by name, leaves that want gradients. `one buffer`: rows [ctx; v]."""
     (B, H, G), S = BHG, T + past
     shapes = dict(q=(B, T, H, D), v=(B, S, G, D))
     if keys:
@@ -123,8 +123,8 @@ def results(function, tensors, d_out, **options):
 
 
 def assert_close(found, expected, tolerance):
-    """By the norm of the difference; where the truth is nearly nothing, against the size that it could
-    have had: the decay's gradient is a sum over all B T queries, in which much cancels."""
+    """By the norm of the difference; where the truth is nearly nothing, against the size that it
+    could have had: the decay's gradient is a sum over all B T queries, in which much cancels."""
     B, T = found["output"].shape[:2]
     assert found.keys() == expected.keys()
     for name, y in expected.items():
@@ -248,7 +248,7 @@ def test_contexts_are_keys_that_the_heads_share():
 
 
 def test_rows_may_lie_far_apart(tmp_path):
-    """2^31 numbers from first to last: more than 32 bits can count, in a file that is nearly all hole."""
+    """2^31 numbers from first to last, in a file that is nearly all hole."""
     size = 16 * 2**27 + 16
     if CUDA:
         far = torch.empty(size, dtype=torch.float16, device=DEVICE)
@@ -344,8 +344,8 @@ def decode_fifth(q, v):
 
 @pytest.mark.parametrize("function", [attention, decode_fifth])
 def test_other_lengths_take_no_other_graph(function):
-    """torch.compile takes the first length for a constant, the second for a variable, and any other as
-    that one."""
+    """torch.compile takes the first length for a constant, the second for a variable, and any
+    other as that one."""
     torch.compiler.reset()
     # This imports triton: too early above.
     counter = importlib.import_module("torch._dynamo.testing").CompileCounter()
@@ -357,8 +357,8 @@ def test_other_lengths_take_no_other_graph(function):
 
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes of what is made under it, `now` and `peak`, and keeps the names of functions that
-    make it."""
+    """Counts the bytes of what is made under it, `now` and `peak`, and keeps the names of
+    functions that make it."""
 
     def __init__(self):
         super().__init__()
@@ -395,8 +395,8 @@ def test_gradient_of_a_plain_sum():
     "keys,E,G", [(False, 0, 12), (False, 128, 12), (True, 0, 12), (True, 32, 12), (False, 64, 3)]
 )
 def test_backward_has_room_for_little_but_the_gradients(keys, E, G):
-    """What each head wants of the context has the size of q_ctx's gradient, and has to be gone before
-    that is made."""
+    """What each head wants of the context has the size of q_ctx's gradient, and has to be gone
+    before that is made."""
     made = inputs(T=128, D=64, keys=keys, E=E, decay=True, BHG=(1, 12, G), dtype=torch.float16)
     tensors = [made.get(name) for name in ("q", "v", "k", "q_ctx", "ctx", "decay")]
     d_out = torch.ones_like(made["q"])
@@ -425,8 +425,8 @@ def test_backward_has_room_for_little_but_the_gradients(keys, E, G):
     index=[torch.int32, torch.int64],
 )
 def test_decoding(case):
-    """A full cache of 130 tokens, or ragged sequences in it and the rest NaN; up to 20 heads that ask
-    one value."""
+    """A full cache of 130 tokens, or ragged sequences in it and the rest NaN; up to 20 heads that
+    ask one value."""
     lengths, index = case.pop("lengths"), case.pop("index")
     B = 1 if lengths is None else len(lengths)
     tensors = inputs(T=1, BHG=(B, *case.pop("HG")), past=129, **case)
@@ -576,8 +576,8 @@ def test_what_the_kernel_cannot_do_for_a_model_is_a_sentence(options, words):
 @on_gpu
 @pytest.mark.parametrize("attention,pos", [("qv", "agf"), ("qv_ka", "rope+agf"), ("mla", "rope")])
 def test_200_steps_of_training_follow_pytorch(attention, pos):
-    """In bfloat16, from the same weights and batches; float32 in PyTorch says how far bfloat16 alone
-    moves losses."""
+    """In bfloat16, from the same weights and batches; float32 in PyTorch says how far bfloat16
+    alone moves losses."""
     sizes = dict(n_layer=4, n_head=4, n_embd=256, block_size=256)
     if attention == "qv_ka":
         sizes |= dict(d_ctx=64)
@@ -735,9 +735,9 @@ refused()
 sys.modules["triton"] = None
 refused()
 """
-# A row for every kernel in bf16, for A100 and H100: plain, and with extras at two widths; with few and
-# with many heads to a value; for one token and one head, and for lengths without a factor of 16. And
-# how many variants were compiled.
+# A row for every kernel in bf16, for A100 and H100: plain, and with extras at two widths; with few
+# and with many heads to a value; for one token and one head, and for lengths without a factor of
+# 16. And how many variants were compiled.
 REPORT = """
 import json, sys
 sys.path.append("tests")
@@ -804,8 +804,8 @@ def test_no_length_is_reason_to_compile_anew(report):
 
 
 def test_hopper_multiplies_by_wgmma(report):
-    """At least one instruction for each product of tiles, in both loops of a kernel; and several go on
-    at once."""
+    """At least one instruction for each product of tiles, in both loops of a kernel; and several
+    go on at once."""
     products = dict(forward=(2, 3), query_backward=(3, 5), token_backward=(4, 6))
     for row in report["rows"]:
         if row["arch"] == 90 and row["kernel"] in products:
@@ -845,8 +845,8 @@ def small(monkeypatch):
 
 
 def plain_flex(q, k, v, score_mod, block_mask, scale):
-    """What flex_attention returns, with the gradients of the same in plain PyTorch: on the CPU it has
-    none."""
+    """What flex_attention returns, with the gradients of the same in plain PyTorch: on the CPU it
+    has none."""
     i, j, h = (torch.arange(size, device=DEVICE) for size in (q.size(2), k.size(2), q.size(1)))
     i = i[:, None]
     s = q @ k.mT * scale
@@ -892,7 +892,7 @@ def test_everything_decodes_the_same(small):
 
 
 def test_the_benchmark_from_end_to_end(small, capsys, monkeypatch):
-    """A line for each shape and contestant; every figure from the made-up clock. Rivals may break."""
+    """A line for each shape and contestant, also if rivals break; figures by the made-up clock."""
 
     def broken():
         raise NotImplementedError("not today")
