@@ -149,10 +149,10 @@ def dot(x, y, acc):
     return tl.dot(x.to(y.dtype), y, acc, input_precision="ieee")
 
 
-# TRITON_INTERPRET=1, set before the first import of triton, runs the kernels on the CPU: triton.jit
-# is another one then.
+# TRITON_INTERPRET=1, set before the first import of triton, runs the kernels on the CPU. All of
+# triton's functions are of another kind then.
 if triton:
-    INTERPRETED = tl.constexpr(not isinstance(dot, triton.JITFunction))
+    INTERPRETED = tl.constexpr(not isinstance(tl.sum, triton.JITFunction))
     LOG2_E = tl.constexpr(math.log2(math.e))
 
 
