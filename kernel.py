@@ -384,7 +384,8 @@ def decode_kernel(inputs, S, H, G, scale, lengths, out, lse, D: tl.constexpr, E:
 
 # M, N, warps, pipeline stages and, so that two programs fit a multiprocessor, most registers of a
 # thread. Chosen by a rule (see `options`), so that no first call waits for a search. In 16 bits no
-# registers are spilled, except where K = E = 128.
+# registers are spilled, except where K = E = 128, and by Triton 3.6 eight bytes in decoding where
+# D = 128.
 KERNELS = ["forward", "token_backward", "query_backward", "decode", "delta"]
 TILES = {
     "float32": [(16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 2), (64,)],
