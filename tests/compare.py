@@ -1,38 +1,42 @@
-"""Compares attentions: trains many runs by train.py, pairs them by their seeds, and reports what they show.
+"""Trains many runs by train.py, so that attentions can be compared, and reports what they show.
 
-    python tests/compare.py                                       the paper's claims: 3 attentions, 2 positions, 5 seeds
-    python tests/compare.py --attention=all --pos=rope --seeds=20 only what is not there yet is trained
-    python tests/compare.py --attention=qv --n_inner=576          a variant: train.py's flags go to its runs and name it
-    python tests/compare.py --lengths=1,2,4,8                     also in windows of up to 8 times the context
-    python tests/compare.py --report                              trains nothing; reports the runs that are finished
+    python tests/compare.py                                    qkv, qv and qv_ka with rope+agf, seeds 1337 to 1341
+    python tests/compare.py --attention=all --pos=rope,agf --seeds=1-20     trains only what is not there yet
+    python tests/compare.py --attention=qv --n_inner=576       a variant: train.py's flags go to its runs
+    python tests/compare.py --lengths=1,2,4,8                  also in windows of up to 8 times the context
+    python tests/compare.py --part=1                           the first part of the runs of assets/results.md
+    python tests/compare.py --report                           trains nothing: makes results.md anew
 
-A run is a folder in --out, named after its flags. It holds what train.py writes, what that prints (output.txt) and,
-once it is finished, record.json: all that the report needs, so the checkpoints may then be deleted. Ctrl-C stops the
-runs, each saves itself, and the same command goes on. The report is written beside the runs, by report.py: results.md,
-results.json, results.png, frontier.png and lengths.png.
+A run is a folder in --out. It holds what train.py writes, what that prints (output.txt) and, once the run is finished,
+record.json: its flags, and all that a report needs, so the checkpoints may then be deleted. Ctrl-C stops the runs, each
+saves itself, and the same command goes on. Beside other work on the same machine, put `nice` before the command.
 """
 
 import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from argparse import ArgumentTypeError
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from report import ONLY, report  # noqa: E402
+import report  # noqa: E402
+import sweeps  # noqa: E402
 
 import train  # noqa: E402
 from model import ATTENTIONS, GPT, POSITIONS  # noqa: E402
 from prepare import (  # noqa: E402
     OUT,
+    Progress,
     UserError,
     describe_error,
     format_time,
@@ -42,150 +46,289 @@ from prepare import (  # noqa: E402
     run_program,
     write_atomically,
 )
-from train import autocast, choose_device  # noqa: E402
 
-TRAIN, ASSETS = ROOT / "train.py", Path("assets")
-UNNAMED = {
-    "preset",
-    "device",
-    "kernel",
-    "compile",
-    "micro_batch_size",
-}  # flags that make no variant
+TRAIN = ROOT / "train.py"
 
-# --- Which runs ------------------------------------------------------------------------------------------------------
+# Flags of train.py that say how a run is computed, but not what. They make no variant.
+MACHINE = {"device", "threads", "kernel", "compile", "micro_batch_size"}
+
+# Flags of train.py that this program gives to each run itself.
+OURS = {"attention", "pos", "dataset", "preset", "seed", "out", "resume"}
+
+# Of a run's configuration, what its record does not repeat.
+NOT_RECORDED = OURS | {"vocab_size"}
+
+CURVE_POINTS = 60
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+def some_of(names):
+    """A parser for a list of names, such as qkv,qv, or all."""
+
+    def parse(text):
+        chosen = names if text == "all" else text.split(",")
+        for name in chosen:
+            if name not in names:
+                raise ArgumentTypeError(f"{name!r} is none of {', '.join(names)}; or take all")
+        return list(dict.fromkeys(chosen))
+
+    return parse
+
+
+def parse_seeds(text):
+    """2001-2020 are twenty seeds, and 1,5,7 are three."""
+    seeds = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        seeds += range(parse_int(first), parse_int(last or first) + 1)
+    if not seeds:
+        raise ArgumentTypeError(f"{text} names no seed; write 2001-2020, for example")
+    return list(dict.fromkeys(seeds))
+
+
+def parse_numbers(text):
+    """1,2,4 are three numbers."""
+    return [at_least_one(part) for part in text.split(",")]
+
+
+def at_least_one(text):
+    number = parse_int(text)
+    if number < 1:
+        raise ArgumentTypeError(f"{text} must be at least 1")
+    return number
 
 
 def parse(argv):
-    """The flags of this program, and those for train.py, {name: the flag as it was given}."""
-
-    def some(names):
-        return lambda text: list(names) if text == "all" else list(dict.fromkeys(text.split(",")))
-
-    def numbers(text):
-        return [parse_int(part) for part in text.split(",")]
-
+    """The flags of this program, and a dict of those for train.py."""
     parser = new_parser(
         __doc__,
-        epilog="Any other flag goes to train.py, as --name=value; see train.py --help.\n"
-        "One that counts for some attentions only, such as --d_ctx, is given to those only.",
+        epilog="Any other flag goes to train.py; see train.py --help. One that counts for some attentions or\n"
+        "positions only, such as --d_ctx, is given to those only.",
     )
-    for name, kind, default, help in (
-        ("attention", some(ATTENTIONS), "qkv,qv,qv_ka", f"some of {','.join(ATTENTIONS)}; or all"),
-        ("pos", some(POSITIONS), "sinusoidal,agf", f"some of {','.join(POSITIONS)}; or all"),
-        (
-            "seeds",
-            parse_int,
-            5,
-            "runs of each kind; the more, the smaller a difference that can be told from chance",
-        ),
-        ("seed", parse_int, 1337, "the first seed, which the others follow"),
-        ("dataset", str, None, "as for train.py (default: the preset's, else tiny Shakespeare)"),
-        (
-            "workers",
-            parse_int,
-            None,
-            "runs at a time (default: one for each core of a CPU, or 4 on a GPU)",
-        ),
-        (
-            "lengths",
-            numbers,
-            [],
-            "evaluate each run in windows of so many times its context, too; but learned "
-            "positions end with the context",
-        ),
-        ("out", Path, OUT / "compare", "the folder of the runs and of their report"),
-    ):
-        help = f"{help} (default: {default})" if default else help
-        parser.add_argument(
-            f"--{name}", type=kind, default=default, metavar=name.upper(), help=help
-        )
-    parser.add_argument(
-        "--report", action="store_true", help="train nothing: report all finished runs of --out"
+    add = parser.add_argument
+    add(
+        "--attention",
+        type=some_of([*ATTENTIONS]),
+        metavar="NAMES",
+        help=f"attentions to compare, of {','.join(ATTENTIONS)}; or all (default: qkv,qv,qv_ka)",
     )
-    parser.add_argument(
+    add(
+        "--pos",
+        type=some_of([*POSITIONS]),
+        metavar="NAMES",
+        help=f"positions to compare them with, of {','.join(POSITIONS)}; or all (default: the model's)",
+    )
+    add(
+        "--seeds",
+        type=parse_seeds,
+        metavar="FIRST-LAST",
+        help="seeds that each of them is trained with, as 2001-2020 or 1,5,7: the more, the smaller a difference "
+        "that can be told from chance (default: 1337-1341)",
+    )
+    add("--dataset", metavar="NAME", help="data set, as for train.py (default: the preset's)")
+    add("--preset", choices=train.PRESETS, help="preset, as for train.py (default: as there)")
+    add(
+        "--baseline",
+        metavar="NAME",
+        help="attention that the others are compared with, as the report names it, such as "
+        "'qkv rope_values' (default: qkv, or the first that there is)",
+    )
+    add(
+        "--lengths",
+        type=parse_numbers,
+        default=[],
+        metavar="NUMBERS",
+        help="evaluate each run also in windows of so many times its context, as 1,2,4,8; learned positions "
+        "cannot be, for they end with the context",
+    )
+    add(
+        "--part",
+        type=parse_numbers,
+        metavar="NUMBERS",
+        help=f"train these parts of tests/sweeps.py, 1 to {max(sweeps.PARTS)}, instead",
+    )
+    add(
+        "--workers",
+        type=at_least_one,
+        metavar="NUMBER",
+        help="runs at a time (default: one for each core of a CPU, or 4 on a GPU)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=OUT / "compare",
+        metavar="FOLDER",
+        help=f"folder of the runs and of their report (default: {OUT / 'compare'})",
+    )
+    add(
+        "--report",
+        action="store_true",
+        help="train nothing: make results.md and its figures, in --out, of the stored runs and those in --out",
+    )
+    add(
         "--assets",
         action="store_true",
-        help="write into assets/, together with the runs stored there",
+        help="with --report: write them to this repository's assets/ instead, and store the runs there",
     )
     args, others = parser.parse_known_args(argv)
-    flags = {flag.partition("=")[0].removeprefix("--").removeprefix("no-"): flag for flag in others}
-    for name, flag in flags.items():
-        if name == "resume" or not flag.startswith("--"):
-            raise UserError(
-                f"{flag} is not for here: write --name=value, and go on with a sweep by its own command"
-            )
-    if not all(
-        1 <= number <= 1000
-        for number in (args.seeds, args.workers, *args.lengths)
-        if number is not None
-    ):
-        raise UserError("--seeds, --workers and --lengths must lie between 1 and 1,000")
+    flags = train.parse(others)
+    check(args, flags)
     return args, flags
 
 
-def plan(args, flags):
-    """All runs asked for, {folder: command line}. Those of one seed stand side by side, so that a sweep is balanced
-    wherever it stops. Each gets the flags that count for it. Raises UserError for what train.py refuses."""
-    preset = train.PRESETS.get(flags.get("preset", "").partition("=")[2], {})
-    dataset = load_or_prepare(args.dataset or preset.get("dataset"))[
-        0
-    ]  # made once, before many runs need it
-    runs, used = {}, set()
-    seeds = range(args.seed, args.seed + args.seeds)
-    for seed, pos, attention in itertools.product(seeds, args.pos, args.attention):
-        kind = {"attention": attention, "pos": pos}
-        own = [
+def check(args, flags):
+    """Refuses flags that do not go together."""
+    for name in ("seed", "out", "resume"):
+        if name in flags:
+            raise UserError(f"--{name} is not for here; see --seeds and --out in compare.py --help")
+    if args.assets and not args.report:
+        raise UserError("--assets belongs to --report; train first, then store the runs by both")
+    if args.part:
+        for number in args.part:
+            if number not in sweeps.PARTS:
+                raise UserError(f"--part={number} is none of the parts 1 to {max(sweeps.PARTS)}")
+        given = [
             name
-            for name in sorted(flags)
-            if all(kind[other] in values for other, values in ONLY.get(name, {}).items())
+            for name in ("attention", "pos", "dataset", "preset", "lengths")
+            if getattr(args, name)
         ]
-        command = [
-            f"--dataset={dataset}",
-            f"--attention={attention}",
-            f"--pos={pos}",
-            f"--seed={seed}",
-        ]
-        command += [flags[name] for name in own]
-        given = train.parse(command)
-        training, _ = train.configure(given, None)
-        variant = [f"{name}={given[name]}" for name in own if name not in UNNAMED]
-        folder = ",".join(
-            [f"{training.preset}-{dataset}-{attention}-{pos}", *variant, f"seed={seed}"]
-        )
-        runs[args.out / folder] = command
-        used.update(own)
-    if idle := sorted(flags.keys() - used):
-        raise UserError(
-            f"--{', --'.join(idle)} counts for none of these attentions and positions; leave it out"
-        )
-    return runs
+        for name in [*given, *sorted(flags.keys() - MACHINE)]:
+            raise UserError(f"--{name} cannot change a part, which says itself what its runs are")
 
 
-# --- Training and evaluating them. A run is finished if, and only if, it has a record --------------------------------
+# --- Which runs -------------------------------------------------------------------------------------------------------
 
 
-def train_missing(runs, workers, threads):
+@dataclass
+class Job:
+    """A run to train: what it is, the command line that makes it, and the windows to evaluate it in."""
+
+    preset: str
+    dataset: str
+    kind: dict
+    seed: int
+    command: list
+    lengths: list
+
+
+def counts(name, kind):
+    """Whether a flag counts for this kind of run; n_kv_head does not for qkv, for example."""
+    needs = report.ONLY.get(name, {})
+    return all(kind[other] in values for other, values in needs.items())
+
+
+def asked_for(args, flags):
+    """All (kind, seed, lengths) that the command line asks for; those of one seed stand side by side, so that what is
+    there is balanced wherever a sweep stops."""
+    if args.part:
+        for number in args.part:
+            seeds = args.seeds or sorted({s for sweep in sweeps.PARTS[number] for s in sweep.seeds})
+            for seed, sweep in itertools.product(seeds, sweeps.PARTS[number]):
+                if args.seeds or seed in sweep.seeds:
+                    yield from ((kind, seed, list(sweep.lengths)) for kind in sweep.kinds)
+        return
+
+    variant = {name: value for name, value in flags.items() if name not in MACHINE}
+    attentions = args.attention or ["qkv", "qv", "qv_ka"]
+    positions = args.pos or [train.GPTConfig().pos]
+    kinds = []
+    for pos, attention in itertools.product(positions, attentions):
+        kind = dict(attention=attention, pos=pos)
+        own = {name: value for name, value in variant.items() if counts(name, kind)}
+        kinds.append({**kind, **own})
+    for name in variant:
+        if not any(name in kind for kind in kinds):
+            raise UserError(
+                f"--{name} counts for none of these attentions and positions; leave it out"
+            )
+    for seed, kind in itertools.product(args.seeds or range(1337, 1342), kinds):
+        yield kind, seed, args.lengths
+
+
+def plan(args, flags):
+    """All runs that the command line asks for, {folder: Job}. Raises UserError for what train.py refuses."""
+    preset, dataset = args.preset, args.dataset
+    if args.part:
+        preset, dataset = sweeps.PRESET, sweeps.DATASET
+    machine = {name: value for name, value in flags.items() if name in MACHINE}
+    preset = preset or train.configure(machine)[0].preset
+    # The data set is made once, before many runs need it.
+    dataset = load_or_prepare(dataset or train.PRESETS[preset].get("dataset"))[0]
+
+    jobs = {}
+    for kind, seed, lengths in asked_for(args, flags):
+        given = dict(preset=preset, dataset=dataset, **kind, seed=seed)
+        command = command_line({**given, **machine})
+        train.configure(train.parse(command))
+        jobs[args.out / folder_name(**given)] = Job(preset, dataset, kind, seed, command, lengths)
+    return jobs
+
+
+def folder_name(preset, dataset, attention, pos, seed, **flags):
+    """A name that tells a run from all others, to a person; no program reads it."""
+    flags = [f"{name}={flags[name]}" for name in sorted(flags)]
+    return ",".join([f"{preset}-{dataset}-{attention}-{pos}", *flags, f"seed={seed}"])
+
+
+def command_line(flags):
+    """Flags as train.py takes them."""
+    words = []
+    for name, value in flags.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is False:
+            words.append(f"--no-{name}")
+        else:
+            words.append(f"--{name}={value}")
+    return words
+
+
+# --- Training them. A run is finished if, and only if, it has a record ------------------------------------------------
+
+
+def finished(folder):
+    return (folder / "record.json").exists()
+
+
+def say_plan(jobs, workers):
+    """Prints what is going to be done."""
+    waiting = [folder for folder in jobs if not finished(folder)]
+    kinds = {json.dumps(job.kind) for job in jobs.values()}
+    seeds = sorted({job.seed for job in jobs.values()})
+    between = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    print(
+        f"{len(jobs)} runs: {len(kinds)} kinds, {between}. {len(jobs) - len(waiting)} of them are finished; "
+        f"{len(waiting)} are to be trained, {workers} at a time.",
+        flush=True,
+    )
+    if waiting and len(waiting) < len(jobs):
+        times = [read(folder)["seconds"] for folder in jobs if finished(folder)]
+        seconds = statistics.mean(times) * len(waiting) / workers
+        print(f"As the finished ones took, that is about {format_time(seconds)}.", flush=True)
+
+
+def train_missing(jobs, workers, threads):
     """Trains the runs that are not finished, some at a time, and returns a sentence for each that failed. However this
     function is left, the processes have been asked to save their runs, and have stopped."""
-    waiting = [folder for folder in runs if not (folder / "record.json").exists()]
-    print(
-        f"runs: {len(runs)}, finished: {len(runs) - len(waiting)}, at a time: {workers}", flush=True
-    )
-    live, failed, total, began = {}, [], len(waiting), time.monotonic()
+    waiting = [folder for folder in jobs if not finished(folder)]
+    total, began = len(waiting), time.monotonic()
+    live, failed = {}, []
     try:
         while waiting or live:
             while waiting and len(live) < workers:
                 folder = waiting.pop(0)
-                live[start(folder, runs[folder], threads)] = folder
+                process = start(folder, jobs[folder].command, threads)
+                live[process] = folder
             time.sleep(0.1)
             for process in [process for process in live if process.poll() is not None]:
-                words, finished = outcome(live.pop(process), process.returncode)
-                if not finished:
+                folder = live.pop(process)
+                words, is_finished = outcome(folder, jobs[folder], process.returncode)
+                if not is_finished:
                     failed.append(words)
                 left = len(waiting) + len(live)
                 seconds = (time.monotonic() - began) / (total - left) * left
-                print(f"{words}; runs left: {left}, for {format_time(seconds)}", flush=True)
+                print(f"{words}. Runs left: {left}, about {format_time(seconds)}", flush=True)
     except KeyboardInterrupt:
         raise UserError(
             "stopped, and each run is saved; the same command goes on with them"
@@ -219,100 +362,136 @@ def start(folder, command, threads):
         ) from None
 
 
-def outcome(folder, status):
+def outcome(folder, job, status):
     """What to say of a run whose process has ended with that exit status, and whether the run is finished now."""
     try:
-        return f"{folder.name}: validation loss {record(folder)['best_val_loss']:.4f}", True
+        return f"{folder.name}: validation loss {record(folder, job)['final_val_loss']:.4f}", True
     except UserError as error:
         lines = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-        why = [error, *filter(str.strip, lines)][-1] if status else error
-        return f"{folder.name} failed: {why}", False
+        words = [line for line in lines if line.strip()]
+        reason = words[-1] if status and words else error
+        return f"{folder.name} failed: {reason}", False
 
 
-def record(folder):
-    """Writes and returns what the report needs of a run. Raises UserError where training has not come to its end."""
+# --- Records ----------------------------------------------------------------------------------------------------------
+
+
+def record(folder, job):
+    """Writes and returns what a report needs of a run. Raises UserError where training has not come to its end, or
+    where the folder holds another run."""
     model, checkpoint = GPT.load(folder / "last.pt")
-    training, config, log = (
-        checkpoint["train_config"],
-        checkpoint["model_config"],
-        checkpoint["log"],
-    )
-    steps = len(checkpoint["losses"])
-    if steps < training["max_steps"]:
-        raise UserError(f"it ended at step {steps} of {training['max_steps']}")
+    config = {**checkpoint["train_config"], **checkpoint["model_config"]}
+    for name, value in job.kind.items():
+        if config[name] != value:
+            raise UserError(f"{folder} holds a run with {name}={config[name]}; remove it")
+    losses = checkpoint["losses"]
+    steps = len(losses)
+    if steps < config["max_steps"]:
+        raise UserError(f"it ended at step {steps} of {config['max_steps']}")
+
+    log = checkpoint["log"]
     best = min(log, key=lambda entry: entry["val_loss"])
-    early = checkpoint["losses"][: -(-steps // 5)]  # of the first fifth of the steps
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    early = losses[: first_fifth(steps)]
+    curve = [part.mean() for part in np.array_split(losses, min(CURVE_POINTS, steps))]
+    sizes = {name: weights.numel() for name, weights in model.named_parameters()}
+    in_attention = [size for name, size in sizes.items() if ".attention." in name]
+    tokens = steps * config["batch_size"] * config["block_size"]
+    numbers_remembered = model.eval().cache_bytes()[1] // (4 * config["n_layer"])
+
     found = dict(
-        preset=training["preset"],
-        dataset=training["dataset"],
-        attention=config["attention"],
-        pos=config["pos"],
-        flags=folder.name.split(",")[1:-1],
-        seed=training["seed"],
+        preset=job.preset,
+        dataset=job.dataset,
+        kind=job.kind,
+        seed=job.seed,
+        final_val_loss=log[-1]["val_loss"],
         best_val_loss=best["val_loss"],
         best_step=best["step"],
-        final_val_loss=log[-1]["val_loss"],
         val_loss_by_length={},
-        early_steps=len(early),
-        early_loss=float(np.mean(early)),
-        early_curve=[
-            round(float(part.mean()), 4) for part in np.array_split(early, min(25, len(early)))
+        early_loss=round(float(np.mean(early)), 6),
+        steps=steps,
+        curve=[round(float(loss), 3) for loss in curve],
+        log=[
+            (entry["step"], round(entry["val_loss"], 4), round(entry["seconds"], 1))
+            for entry in log
         ],
-        attention_parameters=sum(size for name, size in sizes.items() if "attention" in name),
+        seconds=round(checkpoint["seconds"], 1),
+        tokens_per_second=round(tokens / checkpoint["seconds"]),
+        attention_parameters=sum(in_attention),
         parameters=sum(sizes.values()),
-        remembered=model.eval().cache_bytes()[1] // (4 * config["n_layer"]),
-        tokens_per_second=round(
-            steps * training["batch_size"] * config["block_size"] / checkpoint["seconds"]
-        ),
-        log=[(entry["step"], round(entry["val_loss"], 4), entry["seconds"]) for entry in log],
+        remembered=numbers_remembered,
+        config={
+            name: value
+            for name, value in config.items()
+            if value is not None and name not in NOT_RECORDED
+        },
     )
     write_json(folder / "record.json", found)
     return found
 
 
+def first_fifth(steps):
+    """The number of steps in the first fifth of a run, rounded up."""
+    return -(-steps // 5)
+
+
 def evaluate_lengths(folder, times):
-    """Adds to a run's record the losses of its best.pt in windows of so many times its context: those that are not
-    there yet, and that the data is long enough for."""
-    found = json.loads((folder / "record.json").read_text("utf-8"))
-    if found["pos"] == "learned":
+    """Adds to a run's record its losses in windows of so many times the context: those that are not there yet, and
+    that the data is long enough for."""
+    found = read(folder)
+    losses = found["val_loss_by_length"]
+    size = found["config"]["block_size"]
+    wanted = [n * size for n in times if str(n * size) not in losses]
+    if found["kind"]["pos"] == "learned" or not wanted:
         return
-    model, checkpoint = GPT.load(folder / "best.pt")
-    if checkpoint["log"][-1]["val_loss"] != found["best_val_loss"]:  # best.pt knows no later ones
-        raise UserError(
-            f"{folder} was trained on after its record.json was made; remove it, or leave --lengths out"
-        )
-    training, size, losses = (
-        checkpoint["train_config"],
-        model.config.block_size,
-        found["val_loss_by_length"],
-    )
+    model, checkpoint = GPT.load(folder / "last.pt")
+    if checkpoint["log"][-1]["val_loss"] != found["final_val_loss"]:
+        raise UserError(f"{folder} was trained on after its record.json was made; remove it")
+    training = checkpoint["train_config"]
     val, device = load_or_prepare(found["dataset"])[2]["val"], choose_device(training["device"])
     rows = training["micro_batch_size"] or training["batch_size"]
-    for length in (n * size for n in times if str(n * size) not in losses and n * size < len(val)):
+    for length in wanted:
+        if length >= len(val):
+            continue
         longer = GPT(replace(model.config, block_size=length)).to(device)
         longer.load_state_dict(model.state_dict())
-        context, windows = autocast(device, training["dtype"]), max(1, rows * size // length)
+        context = train.autocast(device, training["dtype"])
+        windows = max(1, rows * size // length)
         total, count = train.evaluate(longer, val, windows, context, training["eval_tokens"])
         losses[str(length)] = total / count
         write_json(folder / "record.json", found)
+
+
+def choose_device(name):
+    return train.choose_device(name)
+
+
+def read(folder):
+    return json.loads((folder / "record.json").read_text("utf-8"))
 
 
 def write_json(path, value):
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value), "utf-8"))
 
 
-# --- The program -----------------------------------------------------------------------------------------------------
+# --- The program ------------------------------------------------------------------------------------------------------
 
 
-def stored(path):
-    """The records of a results.json; none where there is no such file."""
-    try:
-        return json.loads(path.read_text("utf-8")) if path.exists() else []
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({describe_error(error)}); mend or remove it"
-        ) from None
+def sweep(args, flags):
+    """Trains and evaluates what the command line asks for; returns a sentence for each run that failed."""
+    jobs = plan(args, flags)
+    device = choose_device(flags.get("device", "auto"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = args.workers or (cores if device.type == "cpu" else 4)
+    say_plan(jobs, workers)
+    failed = train_missing(jobs, workers, threads=max(1, cores // workers))
+
+    evaluated = [folder for folder, job in jobs.items() if job.lengths and finished(folder)]
+    progress = Progress(len(evaluated))
+    for number, folder in enumerate(evaluated):
+        evaluate_lengths(folder, jobs[folder].lengths)
+        progress(number + 1, f"evaluated in longer windows: {number + 1} of {len(evaluated)} runs")
+    progress.clear()
+    return failed
 
 
 def main(argv=None):
@@ -320,19 +499,10 @@ def main(argv=None):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)  # like Ctrl-C
     args, flags = parse(argv)
-    older = stored(ASSETS / "results.json") if args.assets else []
-    runs, failed = {} if args.report else plan(args, flags), []
-    if runs:
-        device = choose_device(flags.get("device", "--device=auto").partition("=")[2])
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = args.workers or (cores if device.type == "cpu" else 4)
-        failed = train_missing(runs, workers, threads=max(1, cores // workers))
-    for folder in runs:
-        if args.lengths and (folder / "record.json").exists():
-            evaluate_lengths(folder, args.lengths)
-    newer = [json.loads(path.read_text("utf-8")) for path in sorted(args.out.glob("*/record.json"))]
-    if older or newer or not failed:
-        report(older + newer, ASSETS if args.assets else args.out)
+    failed = [] if args.report else sweep(args, flags)
+    paths = sorted(args.out.glob("*/record.json"))
+    records = [read(path.parent) for path in paths]
+    report.write(records, args)
     if failed:
         raise UserError(
             "\n".join(

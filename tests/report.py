@@ -467,3 +467,12 @@ def report(records, folder):
     print(
         f"{text}\nruns: {len(runs)}; written to {folder}/: results.md, results.json and the figures"
     )
+
+
+def write(records, args):
+    """For the moment: the mean loss of each kind of run."""
+    groups = {}
+    for record in records:
+        groups.setdefault(json.dumps(record["kind"]), []).append(record["final_val_loss"])
+    for kind, losses in groups.items():
+        print(f"{np.mean(losses):.4f} ({len(losses)} seeds) {kind}")
