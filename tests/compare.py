@@ -29,6 +29,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import figures  # noqa: E402
 import report  # noqa: E402
 import sweeps  # noqa: E402
 
@@ -47,16 +48,13 @@ from prepare import (  # noqa: E402
     write_atomically,
 )
 
-TRAIN = ROOT / "train.py"
+TRAIN, ASSETS = ROOT / "train.py", ROOT / "assets"
 
 # Flags of train.py that say how a run is computed, but not what. They make no variant.
 MACHINE = {"device", "threads", "kernel", "compile", "micro_batch_size"}
 
-# Flags of train.py that this program gives to each run itself.
-OURS = {"attention", "pos", "dataset", "preset", "seed", "out", "resume"}
-
-# Of a run's configuration, what its record does not repeat.
-NOT_RECORDED = OURS | {"vocab_size"}
+# Of a run's configuration, what its record names elsewhere, or what is of no interest.
+NOT_RECORDED = {"attention", "pos", "dataset", "preset", "seed", "out", "resume", "vocab_size"}
 
 CURVE_POINTS = 60
 
@@ -204,8 +202,6 @@ def check(args, flags):
 class Job:
     """A run to train: what it is, the command line that makes it, and the windows to evaluate it in."""
 
-    preset: str
-    dataset: str
     kind: dict
     seed: int
     command: list
@@ -218,23 +214,43 @@ def counts(name, kind):
     return all(kind[other] in values for other, values in needs.items())
 
 
-def asked_for(args, flags):
-    """All (kind, seed, lengths) that the command line asks for; those of one seed stand side by side, so that what is
+def plan(args, flags):
+    """All runs that the command line asks for, {folder: Job}. Raises UserError for what train.py refuses."""
+    machine = {name: value for name, value in flags.items() if name in MACHINE}
+    wanted = runs_of_parts(args) if args.part else runs_of_flags(args, flags)
+    jobs = {}
+    for kind, seed, lengths in wanted:
+        given = {**kind, "seed": seed}
+        command = command_line({**given, **machine})
+        train.configure(train.parse(command))
+        jobs[args.out / folder_name(**given)] = Job(kind, seed, command, lengths)
+    # Data sets are made once, before many runs need them.
+    for dataset in {job.kind["dataset"] for job in jobs.values()}:
+        load_or_prepare(dataset)
+    return jobs
+
+
+def runs_of_parts(args):
+    """(kind, seed, lengths) of each run of the parts asked for. Runs of one seed stand side by side, so that what is
     there is balanced wherever a sweep stops."""
-    if args.part:
-        for number in args.part:
-            seeds = args.seeds or sorted({s for sweep in sweeps.PARTS[number] for s in sweep.seeds})
-            for seed, sweep in itertools.product(seeds, sweeps.PARTS[number]):
+    for number in args.part:
+        part = sweeps.PARTS[number]
+        for seed in args.seeds or sorted({seed for sweep in part for seed in sweep.seeds}):
+            for sweep in part:
                 if args.seeds or seed in sweep.seeds:
                     yield from ((kind, seed, list(sweep.lengths)) for kind in sweep.kinds)
-        return
 
+
+def runs_of_flags(args, flags):
+    """(kind, seed, lengths) of each run that --attention, --pos and the flags for train.py make, in the same order."""
+    preset = args.preset or train.configure({"device": flags.get("device", "auto")})[0].preset
+    dataset = load_or_prepare(args.dataset or train.PRESETS[preset].get("dataset"))[0]
     variant = {name: value for name, value in flags.items() if name not in MACHINE}
     attentions = args.attention or ["qkv", "qv", "qv_ka"]
     positions = args.pos or [train.GPTConfig().pos]
     kinds = []
     for pos, attention in itertools.product(positions, attentions):
-        kind = dict(attention=attention, pos=pos)
+        kind = dict(preset=preset, dataset=dataset, attention=attention, pos=pos)
         own = {name: value for name, value in variant.items() if counts(name, kind)}
         kinds.append({**kind, **own})
     for name in variant:
@@ -242,27 +258,8 @@ def asked_for(args, flags):
             raise UserError(
                 f"--{name} counts for none of these attentions and positions; leave it out"
             )
-    for seed, kind in itertools.product(args.seeds or range(1337, 1342), kinds):
-        yield kind, seed, args.lengths
-
-
-def plan(args, flags):
-    """All runs that the command line asks for, {folder: Job}. Raises UserError for what train.py refuses."""
-    preset, dataset = args.preset, args.dataset
-    if args.part:
-        preset, dataset = sweeps.PRESET, sweeps.DATASET
-    machine = {name: value for name, value in flags.items() if name in MACHINE}
-    preset = preset or train.configure(machine)[0].preset
-    # The data set is made once, before many runs need it.
-    dataset = load_or_prepare(dataset or train.PRESETS[preset].get("dataset"))[0]
-
-    jobs = {}
-    for kind, seed, lengths in asked_for(args, flags):
-        given = dict(preset=preset, dataset=dataset, **kind, seed=seed)
-        command = command_line({**given, **machine})
-        train.configure(train.parse(command))
-        jobs[args.out / folder_name(**given)] = Job(preset, dataset, kind, seed, command, lengths)
-    return jobs
+    for seed in args.seeds or range(1337, 1342):
+        yield from ((kind, seed, args.lengths) for kind in kinds)
 
 
 def folder_name(preset, dataset, attention, pos, seed, **flags):
@@ -399,8 +396,6 @@ def record(folder, job):
     numbers_remembered = model.eval().cache_bytes()[1] // (4 * config["n_layer"])
 
     found = dict(
-        preset=job.preset,
-        dataset=job.dataset,
         kind=job.kind,
         seed=job.seed,
         final_val_loss=log[-1]["val_loss"],
@@ -447,7 +442,10 @@ def evaluate_lengths(folder, times):
     if checkpoint["log"][-1]["val_loss"] != found["final_val_loss"]:
         raise UserError(f"{folder} was trained on after its record.json was made; remove it")
     training = checkpoint["train_config"]
-    val, device = load_or_prepare(found["dataset"])[2]["val"], choose_device(training["device"])
+    val, device = (
+        load_or_prepare(found["kind"]["dataset"])[2]["val"],
+        train.choose_device(training["device"]),
+    )
     rows = training["micro_batch_size"] or training["batch_size"]
     for length in wanted:
         if length >= len(val):
@@ -461,25 +459,84 @@ def evaluate_lengths(folder, times):
         write_json(folder / "record.json", found)
 
 
-def choose_device(name):
-    return train.choose_device(name)
+# --- What is stored, and what is reported -----------------------------------------------------------------------------
 
 
 def read(folder):
     return json.loads((folder / "record.json").read_text("utf-8"))
 
 
+def finished_runs(folder):
+    return [read(path.parent) for path in sorted(folder.glob("*/record.json"))]
+
+
+def stored_runs(path):
+    """The records of a file; none where there is no such file."""
+    return json.loads(path.read_text("utf-8")) if path.exists() else []
+
+
+def first_runs():
+    """The runs that were stored before flags were recorded as data: their kinds are put together from them."""
+    return [with_kind(record) for record in stored_runs(ASSETS / "results_first.json")]
+
+
+def with_kind(record):
+    kind = {name: record[name] for name in ("preset", "dataset", "attention", "pos")}
+    for flag in record["flags"]:
+        name, _, value = flag.partition("=")
+        kind[name] = float(value) if "." in value else int(value) if value.isdigit() else value
+    if kind.pop("shared_wk", False):
+        kind["wk"] = "shared"  # as it is called today
+    return {**record, "kind": kind}
+
+
+def write_text(path, text):
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    return path
+
+
 def write_json(path, value):
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value), "utf-8"))
+    write_text(path, json.dumps(value))
+
+
+def report_sweep(jobs, args):
+    """Compares the finished runs of --out, of the settings that were asked for."""
+    settings = [report.setting(job.kind) for job in jobs.values()]
+    records = finished_runs(args.out)
+    records = [record for record in records if report.setting(record["kind"]) in settings]
+    if not records:
+        return
+    runs = report.Runs(records)
+    text = report.sweep_report(runs, args.baseline)
+    written = [write_text(args.out / "comparison.md", text), *figures.draw_sweep(runs, args.out)]
+    print(f"\n{text}\nwritten: {', '.join(map(str, written))}")
+
+
+def report_results(args):
+    """Makes results.md and its figures of the stored runs and those of --out; with --assets, stores these, too."""
+    runs = report.Runs(stored_runs(ASSETS / "results.json") + finished_runs(args.out))
+    first = report.Runs(first_runs())
+    folder, command = args.out, "python tests/compare.py --report"
+    if args.assets:
+        folder, command = ASSETS, f"{command} --assets"
+        lines = ",\n".join(map(json.dumps, runs.records()))
+        write_text(ASSETS / "results.json", f"[\n{lines}\n]\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = report.results(runs, first, sweeps.read_speeds(), command)
+    planned = report.planned(runs)
+    written = [
+        write_text(folder / "results.md", text),
+        *figures.draw_results(planned, first, folder),
+    ]
+    print(f"written: {', '.join(map(str, written))}")
 
 
 # --- The program ------------------------------------------------------------------------------------------------------
 
 
-def sweep(args, flags):
-    """Trains and evaluates what the command line asks for; returns a sentence for each run that failed."""
-    jobs = plan(args, flags)
-    device = choose_device(flags.get("device", "auto"))
+def sweep(jobs, args, flags):
+    """Trains and evaluates these runs; returns a sentence for each that failed."""
+    device = train.choose_device(flags.get("device", "auto"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = args.workers or (cores if device.type == "cpu" else 4)
     say_plan(jobs, workers)
@@ -487,9 +544,9 @@ def sweep(args, flags):
 
     evaluated = [folder for folder, job in jobs.items() if job.lengths and finished(folder)]
     progress = Progress(len(evaluated))
-    for number, folder in enumerate(evaluated):
+    for number, folder in enumerate(evaluated, start=1):
         evaluate_lengths(folder, jobs[folder].lengths)
-        progress(number + 1, f"evaluated in longer windows: {number + 1} of {len(evaluated)} runs")
+        progress(number, f"evaluated in longer windows: {number} of {len(evaluated)} runs")
     progress.clear()
     return failed
 
@@ -499,16 +556,15 @@ def main(argv=None):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)  # like Ctrl-C
     args, flags = parse(argv)
-    failed = [] if args.report else sweep(args, flags)
-    paths = sorted(args.out.glob("*/record.json"))
-    records = [read(path.parent) for path in paths]
-    report.write(records, args)
+    if args.report:
+        return report_results(args)
+    jobs = plan(args, flags)
+    report.choose_baseline([job.kind for job in jobs.values()], args.baseline)
+    failed = sweep(jobs, args, flags)
+    report_sweep(jobs, args)
     if failed:
-        raise UserError(
-            "\n".join(
-                [*failed, f"{len(failed)} runs failed; mend that and give the same command again"]
-            )
-        )
+        words = f"{len(failed)} runs failed; mend that and give the same command again"
+        raise UserError("\n".join([*failed, words]))
 
 
 if __name__ == "__main__":

@@ -1,478 +1,638 @@
-"""What finished runs show: results.md, results.json, results.png, frontier.png and lengths.png, from the records that
-compare.py makes: a dict for each run, with its `attention`, `pos`, `seed`, the `flags` that make it a variant, etc.
+"""What finished runs show, as Markdown: one table of all attentions, fifteen claims, and many differences.
 
-Runs of one seed saw the same batches. So attentions are compared seed by seed: such differences vary less than losses.
+compare.py makes the records that this file reads. A record is a dict. Its `kind` is all that makes the run but its seed:
+preset, data set, attention, positions, and the flags that were given. Runs of one seed saw the same batches, so kinds are
+compared seed by seed: such differences vary less than the losses do.
+
+What is claimed was fixed before the runs of tests/sweeps.py were computed, and is tested once, on the runs of its first
+part. All else is exploratory: differences with intervals, and no verdicts.
 """
 
-import json
-import math
-import re
-from collections import defaultdict
-from dataclasses import fields
-from statistics import multimode
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import numpy as np
-from matplotlib.figure import Figure
+import sweeps
+from stats import holm, interval, p_value
+from sweeps import (
+    DIAGONAL,
+    DIAGONAL_32_1,
+    GQA,
+    GQA_ROTATED,
+    MLA_32,
+    MQA_ROTATED,
+    QKV,
+    QKV_ROTATED,
+    QV,
+    QV_1,
+    QV_2,
+    QV_KA,
+    QV_KA_1,
+    QV_KA_32,
+    QV_KA_32_1,
+    QV_KA_32_2,
+    kind_of,
+)
 
 from model import ATTENTIONS, POSITIONS, GPTConfig
-from prepare import UserError, write_atomically
+from prepare import UserError
 
-ONLY = {
-    field.name: field.metadata["only"] for field in fields(GPTConfig)
-}  # {flag: {other: values that it needs}}
-# Flags by which an attention is unlike qkv, or, by n_inner, as large. All others make a comparison of its own.
-VARIANT = {*(name for name, only in ONLY.items() if only), "n_inner"}
-MEMORY = VARIANT - {"n_inner", "shared_wk"}  # of these, what changes the memory
+# --- Kinds of runs ----------------------------------------------------------------------------------------------------
 
-# A claim; a sum over runs of one seed, and of the positions at hand or those named; on which side of zero it must be;
-# and, if not the loss, which number of the records is summed. What the table of claims shows is what is computed.
-CLAIMS = [
-    ("C1: QV is worse than QKV", "qv - qkv", ">"),
-    (
-        "C2: QV's gap to QKV is less than half of that with learned positions",
-        "qv - qkv - 0.5 learned qv + 0.5 learned qkv",
-        "<",
-    ),
-    (
-        "C2: QV's gap to QKV is less than half of that with sinusoidal positions",
-        "qv - qkv - 0.5 sinusoidal qv + 0.5 sinusoidal qkv",
-        "<",
-    ),
-    ("C3: QV-Ka is better than QV", "qv_ka - qv", "<"),
-    ("C3: QV-Ka closes more than half of QV's gap", "qv_ka - 0.5 qv - 0.5 qkv", "<"),
-    ("C3: QV-Ka is better than QKV", "qv_ka - qkv", "<"),
-    (
-        "C4: QV-Ka learns faster than QKV at first (training loss, mean of the first fifth)",
-        "qv_ka - qkv",
-        "<",
-        "early_loss",
-    ),
-    ("QV is worse than GQA, which remembers as much", "qv - gqa", ">"),
-    (
-        "QV with 2 values is worse than MQA, which remembers as much",
-        "qv n_kv_head=2 - gqa n_kv_head=1",
-        ">",
-    ),
-    (
-        "QV-Ka with 1 value is better than MQA, which remembers as much",
-        "qv_ka d_ctx=32 n_kv_head=1 - gqa n_kv_head=1",
-        "<",
-    ),
-    (
-        "QV-Ka with one W_K for all heads is worse than with one each",
-        "qv_ka shared_wk - qv_ka",
-        ">",
-    ),
-    (
-        "QV-Ka with a context half as wide, of a head's width, is worse",
-        "qv_ka d_ctx=32 - qv_ka",
-        ">",
-    ),
-    ("QKV is worse than with rope", "qkv - rope qkv", ">"),
-]
-TERM = re.compile(rf"(?:^|([+-]) )([\d.]+ )?(?:({'|'.join(POSITIONS)}) )?(\w+(?: \w+(?:=\S+)?)*)")
+# {a flag of the model: {another: the values that it needs}}. Such flags, and n_inner, which can make an attention as
+# large as qkv, make a variant of an attention. All others make a setting, within which attentions are compared.
+ONLY = {field.name: field.metadata["only"] for field in fields(GPTConfig)}
+VARIANT = {*(name for name, needs in ONLY.items() if needs), "n_inner"}
 
-MEANING = """\
-Made by `python tests/compare.py --report` from the results.json beside it.
-
-- A **loss** is the best that a run reached, in nats per token over the whole validation split (preset gpt2: over its
-  first 2,000,000 tokens). A **difference** is of runs of one seed, which saw the same batches, averaged over seeds.
-- **±** is half the width of the 95 % interval of a mean over seeds (Student's t), here and in the figures. Two losses
-  whose intervals overlap may still differ clearly: look at their difference, **bold** where its interval leaves out
-  zero. Where nothing differs, one in twenty is bold by chance.
-- A claim **holds**, or **does not hold**, if its difference is told from zero, on its side or the other, at a level of
-  5 % for all verdicts of a table together (Student's t test, Holm's correction); else it is **undecided**.
-- **Remembered** are numbers for one token in one layer. **Tokens/s** are the most of any seed, on a machine in use.
-"""
-
-# --- Statistics ------------------------------------------------------------------------------------------------------
+NAMES = {"qkv": "QKV", "gqa": "GQA", "mla": "MLA", "qv": "QV", "qv_ka": "QV-Ka"}
 
 
-def student(n):
-    """Student's t for n values, as arrays: sizes of t, and the chance that a larger one, of either sign, comes up where
-    there is no difference. With t = sqrt(n - 1) tan(x), the density of x is proportional to cos(x)^(n - 2)."""
-    x = (np.arange(100_000) + 0.5) * (math.pi / 2 / 100_000)
-    density = np.cos(x) ** (n - 2)
-    return math.sqrt(n - 1) * np.tan(x), 1 - (np.cumsum(density) - density / 2) / density.sum()
+def setting(kind):
+    """What must be equal where attentions are compared; positions are not among it."""
+    apart = VARIANT | {"attention", "pos"}
+    return {name: value for name, value in kind.items() if name not in apart}
 
 
-def interval(values):
-    """The mean of numbers or arrays, one for each seed, and half the width of its 95 % interval; nan for one seed."""
-    n, mean = len(values), np.mean(values, 0)
-    if n == 1:
-        return mean, math.nan * mean
-    t, beyond = student(n)
-    return mean, np.interp(-0.05, -beyond, t) * np.std(values, 0, ddof=1) / math.sqrt(n)
+def attention_of(kind):
+    """A kind's attention and the flags of its variant."""
+    return {name: kind[name] for name in kind if name == "attention" or name in VARIANT}
 
 
-def chance(values):
-    """The p value of a difference: how likely one as clear is where there is none; 1 for a single seed."""
-    mean, half = interval(values)
-    if len(values) == 1 or half == 0:
-        return float(half != 0 or mean == 0)
-    t, beyond = student(len(values))
-    return np.interp(abs(mean) / np.std(values, ddof=1) * math.sqrt(len(values)), t, beyond)
+def label(kind):
+    """An attention and its variant in words, such as MQA, or QV, 1 value."""
+    flags = {name: kind[name] for name in sorted(kind) if name in VARIANT}
+    name = NAMES.get(kind["attention"], kind["attention"])
+    if name == "GQA" and flags.get("n_kv_head") == 1:
+        name = "MQA"
+        del flags["n_kv_head"]
+    return ", ".join([name, *(in_words(flag, value) for flag, value in flags.items())])
 
 
-def holm(chances):
-    """Holm's correction: each p value, times the number of those that are not smaller."""
-    order, corrected = np.argsort(chances), np.empty(len(chances))
-    corrected[order] = np.maximum.accumulate(np.sort(chances) * np.arange(len(chances), 0, -1))
-    return corrected
+def in_words(flag, value):
+    """A flag of a variant, in words."""
+    if flag == "n_kv_head":
+        return "1 value" if value == 1 else f"{value} values"
+    if flag == "rope_values" and value:
+        return "rotated values"
+    if flag == "wk":
+        return f"{value} W_K"
+    names = {"d_ctx": "context", "d_latent": "latent", "d_rope": "rotary key", "n_inner": "MLP"}
+    return f"{names[flag]} {value}" if flag in names else f"{flag}={value}"
 
 
-def told(values, form=".4f"):
-    """mean ± half width, as text; nothing where there are no values."""
+def key(kind):
+    return frozenset(kind.items())
+
+
+def place(kind):
+    """Where a kind stands in tables: positions and attentions in model.py's order, one's own ones last."""
+    positions = [*POSITIONS, kind["pos"]]
+    attentions = [*ATTENTIONS, kind["attention"]]
+    return positions.index(kind["pos"]), attentions.index(kind["attention"]), label(kind)
+
+
+class Runs:
+    """Finished runs, by their kinds and seeds. Of several records of one run the last counts."""
+
+    def __init__(self, records):
+        self.of = {}
+        for record in records:
+            self.of.setdefault(key(record["kind"]), {})[record["seed"]] = record
+
+    def records(self):
+        """All of them, sorted."""
+        return [
+            self.of[key(kind)][seed] for kind in self.kinds() for seed in sorted(self.of[key(kind)])
+        ]
+
+    def kinds(self):
+        """The kinds that there are, in the order of tables."""
+        return sorted((dict(kind) for kind in self.of), key=place)
+
+    def values(self, kind, measure, seeds=None):
+        """{seed: what is measured of its run}, of these seeds, or of all, as far as it was measured."""
+        runs = self.of.get(key(kind), {})
+        found = {seed: measure(run) for seed, run in runs.items() if seeds is None or seed in seeds}
+        return {seed: number for seed, number in found.items() if number is not None}
+
+    def sums(self, terms, measure, seeds=None):
+        """The weighted sum of terms, (weight, kind), for each seed that all of them have."""
+        parts = [(weight, self.values(kind, measure, seeds)) for weight, kind in terms]
+        shared = set.intersection(*(set(values) for _, values in parts))
+        return [sum(weight * values[seed] for weight, values in parts) for seed in sorted(shared)]
+
+    def fact(self, kind, name):
+        """What is the same in all runs of a kind, such as its number of weights; None without a run."""
+        return next((run[name] for run in self.of.get(key(kind), {}).values()), None)
+
+
+def final_loss(run):
+    return run["final_val_loss"]
+
+
+def early_loss(run):
+    """The mean training loss of the first fifth of the steps."""
+    return run["early_loss"]
+
+
+def loss_in_windows(length):
+    """The measure of the loss in windows of so many tokens."""
+    return lambda run: run["val_loss_by_length"].get(str(length))
+
+
+def mean_loss_of_first(steps, run):
+    """The mean training loss of a run's first steps; their number need not be whole."""
+    curve = run["curve"]
+    sums = np.append(0, np.cumsum(curve)) * run["steps"] / len(curve)
+    grid = np.linspace(0, run["steps"], len(sums))
+    return float(np.interp(steps, grid, sums)) / steps
+
+
+# --- Cells and tables -------------------------------------------------------------------------------------------------
+
+NOTHING = "—"
+
+
+def loss_text(values):
+    """A mean, and half of its interval's width."""
     if not values:
-        return ""
+        return NOTHING
     mean, half = interval(values)
-    return f"{mean:{form}}" + ("" if math.isnan(half) else f" ± {half:.4f}")
+    return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {half:.4f}"
 
 
-def difference(values):
-    """The same of a difference, which has a sign, and is bold if its interval leaves out zero."""
-    bold = "**" if values and np.greater(*np.abs(interval(values))) else ""
-    return bold + told(values, "+.4f") + bold
+def range_text(values):
+    mean, half = interval(values)
+    return f"between {mean - half:+.4f} and {mean + half:+.4f}"
 
 
-def verdict(values, side, corrected):
-    agrees = (np.mean(values) > 0) == (side == ">")
-    return "undecided" if corrected > 0.05 else "holds" if agrees else "does not hold"
+def difference_text(values):
+    """A difference: its mean and half of its interval's width, or, if it is not told from zero, its range."""
+    if not values:
+        return NOTHING
+    mean, half = interval(values)
+    if len(values) == 1:
+        return f"{mean:+.4f} (one seed)"
+    return f"{mean:+.4f} ± {half:.4f}" if abs(mean) > half else range_text(values)
 
 
-# --- Tables and figures ----------------------------------------------------------------------------------------------
+def verdict_text(values, side, corrected):
+    """A verdict, from a p value that was corrected for the other tests of the family."""
+    if corrected > 0.05:
+        return f"not told apart ({range_text(values)})"
+    mean, half = interval(values)
+    words = "shown" if mean * side > 0 else "the opposite is shown"
+    return f"{mean:+.4f} ± {half:.4f}, {words}"
 
-STYLES = defaultdict(
-    lambda: ("0.4", "X"),
-    qkv=("k", "o"),
-    gqa=("#E69F00", "s"),
-    mla=("#009E73", "^"),
-    qv=("#D55E00", "v"),
-    qv_ka=("#0072B2", "D"),
-)  # Okabe and Ito's colours, for all eyes
+
+def seeds_text(number, wanted):
+    """A number of seeds; 14 of 20 where it is known how many there should be."""
+    return f"{number}" if wanted is None else f"{number} of {len(wanted)}"
 
 
 def table(head, rows):
-    """A Markdown table; nothing where it would have no rows."""
-    lines = [head, ["---"] * len(head), *rows] if rows else []
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-def unique(names):
-    return list(dict.fromkeys(names))
+# --- The claims, fixed before the runs --------------------------------------------------------------------------------
 
 
-def place(run):
-    """Where a run stands in tables and figures; a fork's own attentions and positions come last."""
-    names = [*POSITIONS, *ATTENTIONS, run["pos"], run["attention"]]
-    return names.index(run["pos"]), names.index(run["attention"]), run["attention"], run["flags"]
+@dataclass(frozen=True)
+class Claim:
+    """Words; the terms to sum, a function of the positions; the sign that is claimed; where; and what is measured."""
+
+    words: str
+    terms: Callable
+    side: int
+    positions: tuple
+    measure: Callable = final_loss
 
 
-def setting(run):
-    """What all runs of a comparison share: the preset, the data, and those of its flags that make no variant."""
-    return (
-        run["preset"],
-        run["dataset"],
-        *(flag for flag in run["flags"] if flag.partition("=")[0] not in VARIANT),
-    )
+def qkv(pos):
+    """The QKV that QV is compared with: where QV's values are rotated, so are its."""
+    return kind_of(pos, QKV_ROTATED if "rope" in pos else QKV)
 
 
-class Comparison:
-    """The finished runs of one setting: groups[pos, label] = {seed: record}. A label is an attention or its variant."""
+def gap(pos, weight=1):
+    """QV less QKV."""
+    return [(weight, kind_of(pos, QV)), (-weight, qkv(pos))]
 
-    def __init__(self, runs):
-        preset, dataset, *self.flags = setting(runs[0])
-        self.title, self.groups = ", ".join([f"{preset} preset", dataset, *self.flags]), {}
-        for run in sorted(runs, key=place):
-            own = [flag for flag in run["flags"] if flag not in self.flags]
-            label = " ".join([run["attention"], *own]).replace(
-                "=True", ""
-            )  # --shared_wk, as it is given
-            by_length = {int(length): loss for length, loss in run["val_loss_by_length"].items()}
-            self.groups.setdefault((run["pos"], label), {})[run["seed"]] = {**run, **by_length}
-        self.positions, self.labels = (unique(names) for names in zip(*self.groups))
-        self.lengths = sorted({int(length) for run in runs for length in run["val_loss_by_length"]})
 
-    def values(self, formula, pos, name="best_val_loss"):
-        """What a formula, such as qv - qkv, makes of that number of the records, for each seed that all terms have."""
-        terms = [
-            (
-                float(factor or 1) * (-1 if sign == "-" else 1),
-                self.groups.get((there or pos, label), {}),
-            )
-            for sign, factor, there, label in TERM.findall(formula)
-        ]
-        seeds = set.intersection(
-            *({seed for seed, run in group.items() if name in run} for _, group in terms)
-        )
-        return [
-            sum(weight * np.array(group[seed][name]) for weight, group in terms)
-            for seed in sorted(seeds)
-        ]
+def gap_less_half_the_sinusoidal(pos):
+    return gap(pos) + gap("sinusoidal", weight=-0.5)
 
-    def gap(self, pos, label, name="best_val_loss"):
-        """The differences to qkv."""
-        return [] if label == "qkv" else self.values(f"{label} - qkv", pos, name)
 
-    def longer(self, pos, label):
-        """{tokens in a window: the losses}, where they were measured."""
-        return {
-            length: losses for length in self.lengths if (losses := self.values(label, pos, length))
+def qv_ka_less_the_middle(pos):
+    return [(1, kind_of(pos, QV_KA)), (-0.5, kind_of(pos, QV)), (-0.5, qkv(pos))]
+
+
+def qv_ka_less_qkv(pos):
+    return [(1, kind_of(pos, QV_KA)), (-1, qkv(pos))]
+
+
+ALL_FOUR = ("sinusoidal", "agf", "rope", "rope+agf")
+ALL_BUT_SINUSOIDAL = ALL_FOUR[1:]
+C2 = "C2: QV - QKV, less half of the sinusoidal difference, < 0"
+C4 = "C4: QV-Ka - QKV < 0, of the mean training losses of the first fifth"
+
+CLAIMS = [
+    Claim("C1: QV - QKV > 0", gap, 1, ALL_FOUR),
+    Claim(C2, gap_less_half_the_sinusoidal, -1, ALL_BUT_SINUSOIDAL),
+    Claim("C3: QV-Ka - (QV + QKV) / 2 < 0", qv_ka_less_the_middle, -1, ALL_FOUR),
+    Claim(C4, qv_ka_less_qkv, -1, ALL_FOUR, early_loss),
+]
+
+
+def family(runs, claims=CLAIMS):
+    """The table of all claims; with verdicts if all the runs that they need are there."""
+    (part,) = sweeps.PARTS[1]
+    sums = {}
+    for claim in claims:
+        for pos in claim.positions:
+            terms = claim.terms(pos)
+            for _, kind in terms:
+                if kind not in part.kinds:
+                    raise ValueError(f"{claim.words} is about {kind}, which is not in part 1")
+            sums[claim, pos] = runs.sums(terms, claim.measure, part.seeds)
+
+    least = min(len(values) for values in sums.values())
+    if least == len(part.seeds):
+        p_values = holm([p_value(values) for values in sums.values()])
+        cells = {
+            (claim, pos): verdict_text(values, claim.side, p)
+            for ((claim, pos), values), p in zip(sums.items(), p_values)
         }
+        words = f"All {len(sums)} are of the {least} seeds {part.seeds[0]} to {part.seeds[-1]}."
+    else:
+        cells = {
+            place: f"{difference_text(values)} ({seeds_text(len(values), part.seeds)} seeds)"
+            for place, values in sums.items()
+        }
+        words = "Runs are missing, so there are no verdicts yet."
+    rows = [[claim.words, *(cells.get((claim, pos), "") for pos in ALL_FOUR)] for claim in claims]
+    return f"{words}\n\n{table(['claim', *ALL_FOUR], rows)}"
 
-    def claims(self):
-        """A row for each claim that the runs tell of: for each kind of positions, the difference and a verdict."""
-        rows = [
-            (
-                claim,
-                formula,
-                side,
-                [
-                    [] if f" {pos} " in formula else self.values(formula, pos, *name)
-                    for pos in self.positions
-                ],
-            )
-            for claim, formula, side, *name in CLAIMS
-        ]
-        corrected = iter(holm([chance(values) for *_, cells in rows for values in cells if values]))
-        for claim, formula, side, cells in rows:
-            if any(cells):
-                told = (
-                    f"{difference(cell)} {verdict(cell, side, next(corrected))}" if cell else ""
-                    for cell in cells
-                )
-                yield claim, f"{formula} {side} 0", *told
 
-    def markdown(self):
-        """The claims, every group, and the losses in longer windows, as tables."""
-        groups, longer = [], []
-        for (pos, label), runs in self.groups.items():
-            step, *sizes = (
-                f"{np.median([run[name] for run in runs.values()]):,.0f}"
-                for name in ("best_step", "attention_parameters", "parameters", "remembered")
-            )
-            speed = max(run["tokens_per_second"] for run in runs.values())
-            gaps = difference(self.gap(pos, label)), difference(self.gap(pos, label, "early_loss"))
-            groups.append(
-                [
-                    pos,
-                    label,
-                    len(runs),
-                    told(self.values(label, pos)),
-                    *gaps,
-                    step,
-                    *sizes,
-                    f"{speed:,}",
-                ]
-            )
-            if losses := self.longer(pos, label):
-                longer.append([pos, label, *(told(losses.get(length)) for length in self.lengths)])
-        claims = list(self.claims())
-        verdicts = sum(cell != "" for _, _, *cells in claims for cell in cells)
-        tables = (
-            table([f"claim ({verdicts} verdicts)", "holds if", *self.positions], claims),
-            table(
-                [
-                    "positions",
-                    "attention",
-                    "seeds",
-                    "loss",
-                    "loss - qkv's",
-                    "training loss, first fifth - qkv's",
-                    "at step",
-                    "parameters in attention",
-                    "in all",
-                    "remembered",
-                    "training tokens/s",
-                ],
-                groups,
-            ),
-            table(
-                ["positions", "attention", *(f"loss in {n} tokens" for n in self.lengths)], longer
-            ),
+# --- The first table --------------------------------------------------------------------------------------------------
+
+CAPTION = """\
+**Numbers remembered** are for one token in one layer. The next four columns are **losses** by positions. From *1,800
+steps* to *equal time* they are under rope+agf: of runs three times as long, in windows of 8 times the context, and after
+the time that 600 steps of QKV take. A loss is a mean over seeds of the validation loss at the end, in nats per character.
+Half of its 95 % interval is at most {widest:.4f}; differences within a column, which are paired by seed, vary less.
+**Speeds** are relative to QKV's, under rope+agf; decoding is at 1,024 tokens, by a model of 10.7M parameters.
+"""
+
+
+def first_table(runs, speeds):
+    """Each attention in a row: what it remembers, its losses, its size and its speed."""
+    equal = {label(kind): kind for kind in sweeps.equal_time()}
+    equal[label(QKV)] = kind_of("rope+agf", QKV)
+    halves, rows = [0.0], []
+
+    def cell(kind, measure=final_loss, windows=False):
+        wanted = sweeps.seeds_of(kind, windows)
+        values = runs.sums([(1, kind)], measure, wanted)
+        if not values:
+            return NOTHING
+        mean, half = interval(values)
+        if len(values) > 1:
+            halves.append(half)
+        if len(values) < len(wanted):
+            return f"{mean:.4f} ({seeds_text(len(values), wanted)} seeds)"
+        return f"{mean:.4f}"
+
+    for attention in sweeps.TABLE:
+        best = kind_of("rope+agf", attention)
+        weights = runs.fact(best, "attention_parameters")
+        rows.append(
+            [
+                label(best),
+                runs.fact(best, "remembered") or NOTHING,
+                *(cell(kind_of(pos, attention)) for pos in ALL_FOUR),
+                cell(kind_of("rope+agf", attention, max_steps=1800)),
+                cell(best, loss_in_windows(8 * sweeps.CONTEXT), windows=True),
+                cell(equal[label(best)]) if label(best) in equal else NOTHING,
+                f"{weights:,}" if weights else NOTHING,
+                speed_text(speeds["training"], attention),
+                speed_text(speeds["decoding"], attention),
+            ]
         )
-        return "\n".join([f"## {self.title}\n", *filter(None, tables)])
-
-    def style(self, label):
-        """Colour and marker tell the attention; hollow markers and broken lines tell its variants."""
-        attention = label.split()[0]
-        number = [other for other in self.labels if other.split()[0] == attention].index(label)
-        (colour, marker), line = STYLES[attention], ("-", "--", ":", "-.")[number % 4]
-        return dict(
-            color=colour,
-            marker=marker,
-            markerfacecolor="white" if number else colour,
-            linestyle=line,
-        )
-
-    def draw_gaps(self, figure):
-        """Above, the differences to qkv, and each seed's as a faint dot; below, how they develop early in training."""
-        labels = unique(label for pos, label in self.groups if self.gap(pos, label))
-        labels = [
-            label for label in labels if " " not in label
-        ] or labels  # variants where there is no other
-        axes = figure.subplots(
-            2,
-            len(self.positions),
-            sharex="row",
-            sharey="row",
-            squeeze=False,
-            height_ratios=(len(labels) + 3, 9),
-        )
-        for pos, above, below in zip(self.positions, *axes):
-            for row, label in enumerate(labels):
-                if gap := self.gap(pos, label):
-                    (mean, half), style = interval(gap), self.style(label)
-                    above.plot(gap, [row] * len(gap), ".", color=style["color"], alpha=0.35)
-                    above.errorbar(mean, row, xerr=half, capsize=3, **style)
-                    mean, half = interval(self.gap(pos, label, "early_curve"))
-                    steps = (
-                        (np.arange(len(mean)) + 0.5)
-                        / len(mean)
-                        * self.values(label, pos, "early_steps")[0]
-                    )
-                    below.plot(steps, mean, label=label, markevery=4, **style)
-                    below.fill_between(
-                        steps, mean - half, mean + half, color=style["color"], alpha=0.12, lw=0
-                    )
-            above.axvline(0, color="k", lw=1)
-            above.set(
-                title=f"{pos} positions",
-                xlabel="loss - qkv's",
-                yticks=range(len(labels)),
-                yticklabels=labels,
-            )
-            above.locator_params(axis="x", nbins=3)
-            above.set_ymargin(0.15)
-            below.axhline(0, color="k", lw=1)
-            below.set(xlabel="step (the first fifth)")
-        above.invert_yaxis()
-        axes[1, 0].set(ylabel="training loss - qkv's")
-
-    def draw_frontier(self, figure):
-        """The loss against what a token leaves behind, for every attention and its variants, which are named."""
-        groups = [
-            (pos, label)
-            for pos, label in self.groups
-            if {flag.partition("=")[0] for flag in label.split()[1:]} <= MEMORY
-        ] or self.groups
-        positions = multimode(pos for pos, label in groups)  # those with most groups
-        attentions = unique(label.split()[0] for _, label in groups)
-        for pos, panel in zip(
-            positions, figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]
-        ):
-            for label in (label for there, label in groups if there == pos):
-                (attention, *variant), (mean, half) = (
-                    label.split(),
-                    interval(self.values(label, pos)),
-                )
-                x = self.values(label, pos, "remembered")[0] * 1.02 ** (
-                    attentions.index(attention) - 2
-                )
-                colour, marker = STYLES[attention]
-                panel.errorbar(
-                    x,
-                    mean,
-                    half,
-                    label=attention,
-                    capsize=3,
-                    color=colour,
-                    marker=marker,
-                    linestyle="none",
-                )
-                panel.annotate(
-                    "\n".join(variant), (x, mean), (5, 3), textcoords="offset points", fontsize=6
-                )
-            panel.set_xscale("log", base=2)
-            panel.xaxis.set_major_formatter("{x:.0f}")
-            panel.set(
-                title=f"{pos} positions",
-                xlabel="remembered per token and layer (moved apart)",
-                xmargin=0.1,
-            )
-        figure.axes[0].set(ylabel="best validation loss (intervals of 95 %)")
-
-    def draw_lengths(self, figure):
-        """The losses in windows of several lengths; the points of a label stand a little apart from those of others."""
-        positions, labels = map(
-            unique, zip(*(group for group in self.groups if self.longer(*group)))
-        )
-        for pos, panel in zip(positions, figure.subplots(1, len(positions), squeeze=False)[0]):
-            for number, label in enumerate(labels):
-                if (pos, label) in self.groups and (losses := self.longer(pos, label)):
-                    windows = np.array([*losses]) * 1.03 ** (number - (len(labels) - 1) / 2)
-                    means, halves = zip(*map(interval, losses.values()))
-                    panel.errorbar(
-                        windows, means, halves, label=label, capsize=3, **self.style(label)
-                    )
-            panel.set_xscale("log", base=2)
-            panel.set(
-                title=f"{pos} positions (scales differ)",
-                xlabel="tokens in a window",
-                ylabel="loss",
-                xticks=self.lengths,
-                xticklabels=self.lengths,
-            )
+    head = ["attention", "numbers remembered", *ALL_FOUR, "1,800 steps", "8 times the context"]
+    head += ["equal time", "weights in attention", "training speed", "decoding speed"]
+    return table(head, rows) + "\n" + CAPTION.format(widest=max(halves))
 
 
-def draw(path, comparisons, method, height):
-    """Draws comparisons one below the other, each with a legend for its panels; without any, an older picture goes."""
-    if not comparisons:
-        return path.unlink(missing_ok=True)
-    figure = Figure(figsize=(10, height * len(comparisons)), layout="constrained")
-    for comparison, part in zip(comparisons, np.atleast_1d(figure.subfigures(len(comparisons)))):
-        part.suptitle(comparison.title)
-        method(comparison, part)
-        lines = {}
-        for panel in part.axes:
-            panel.grid(alpha=0.3)
-            lines.update(zip(*reversed(panel.get_legend_handles_labels())))
-        if lines:
-            part.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=5)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+def speed(rows, attention):
+    """How fast an attention is beside QKV, of the rows that tests/speeds.py has measured; None where it has not."""
+    return next((row["speed"] for row in rows if row["attention"] == attention), None)
 
 
-def report(records, folder):
-    """Writes all that to `folder`; of several records of one run the last counts. Raises UserError if there is none."""
-    if not records:
-        raise UserError(
-            f"there is no finished run for {folder}/results.md; train some first: python tests/compare.py"
-        )
-    identity = "preset", "dataset", "pos", "attention", "seed", "flags"
-    runs = {str([run[name] for name in identity]): run for run in records}
-    settings = sorted({setting(run) for run in runs.values()})
-    comparisons = [
-        Comparison([run for run in runs.values() if setting(run) == one]) for one in settings
+def speed_text(rows, attention):
+    found = speed(rows, attention)
+    return NOTHING if found is None else f"{found:.2f}"
+
+
+# --- Differences, without verdicts ------------------------------------------------------------------------------------
+
+
+def like_qkv(kind):
+    """The QKV that a kind is compared with: in the same setting, with the same positions."""
+    attention = QKV_ROTATED if "rope" in kind["pos"] else QKV
+    return {**setting(kind), **attention, "pos": kind["pos"]}
+
+
+def all_there_are(kind):
+    """Where nobody said which seeds there should be, all count."""
+    return None
+
+
+def comparison(runs, kinds, baseline, wanted=all_there_are):
+    """A table for each setting: each kind, and how it differs from its baseline. `baseline` is a function of a kind, to
+    another or None; `wanted` one to the seeds that there should be."""
+    head = ["positions", "attention", "seeds", "numbers remembered", "weights in attention"]
+    head += [
+        "loss",
+        "loss less the baseline's",
+        "training loss of the first fifth less the baseline's",
     ]
-    text = "\n".join([MEANING, *(comparison.markdown() for comparison in comparisons)])
-    lines = "[\n" + ",\n".join(json.dumps(run) for run in runs.values()) + "\n]\n"
-    write_atomically(
-        folder / "results.json", lambda temporary: temporary.write_text(lines, encoding="utf-8")
-    )
-    write_atomically(
-        folder / "results.md", lambda temporary: temporary.write_text(text, encoding="utf-8")
-    )
-    compared = [
-        one for one in comparisons if any(len(one.gap(*group)) > 1 for group in one.groups)
-    ]  # intervals
-    compared = [one for one in compared if not one.flags] or compared  # presets as they are, if any
-    draw(folder / "results.png", compared, Comparison.draw_gaps, 7)
-    draw(folder / "frontier.png", compared, Comparison.draw_frontier, 5.5)
-    draw(
-        folder / "lengths.png",
-        [one for one in comparisons if one.lengths],
-        Comparison.draw_lengths,
-        4,
-    )
-    print(
-        f"{text}\nruns: {len(runs)}; written to {folder}/: results.md, results.json and the figures"
+    rows = {}
+    for kind in kinds:
+        seeds, base = wanted(kind), baseline(kind)
+        losses = runs.sums([(1, kind)], final_loss, seeds)
+        weights = runs.fact(kind, "attention_parameters")
+        row = [
+            kind["pos"],
+            label(kind),
+            seeds_text(len(losses), seeds),
+            runs.fact(kind, "remembered") or NOTHING,
+            f"{weights:,}" if weights else NOTHING,
+            loss_text(losses),
+        ]
+        if base in (None, kind):
+            row += ["", ""]
+        else:
+            terms = [(1, kind), (-1, base)]
+            row += [
+                difference_text(runs.sums(terms, measure, seeds))
+                for measure in (final_loss, early_loss)
+            ]
+        rows.setdefault(setting_text(kind), []).append(row)
+    return "\n".join(f"{words}\n\n{table(head, rows[words])}" for words in rows)
+
+
+def setting_text(kind):
+    """A setting in words."""
+    flags = setting(kind)
+    words = [f"{flags.pop('preset')} preset, {flags.pop('dataset')}"]
+    return ", ".join([*words, *(f"{name}={flags[name]}" for name in sorted(flags))])
+
+
+def differences(runs, pairs, measure=final_loss):
+    """A table with a row for each pair of kinds: the first less the second."""
+    rows = []
+    for one, other in pairs:
+        seeds = sorted(set(sweeps.seeds_of(one)) & set(sweeps.seeds_of(other)))
+        values = runs.sums([(1, one), (-1, other)], measure, seeds)
+        memory = [runs.fact(kind, "remembered") or NOTHING for kind in (one, other)]
+        rows.append(
+            [
+                f"({label(one)}) - ({label(other)})",
+                one["pos"],
+                " - ".join(map(str, memory)),
+                seeds_text(len(values), seeds),
+                difference_text(values),
+            ]
+        )
+    return table(["difference", "positions", "numbers remembered", "seeds", "loss"], rows)
+
+
+def windows(runs, kinds, wanted=all_there_are):
+    """A table of losses in windows of several lengths; nothing where there are none."""
+    lengths = set()
+    for kind in kinds:
+        lengths.update(int(length) for length in runs.fact(kind, "val_loss_by_length") or ())
+    rows = []
+    for kind in kinds:
+        seeds = wanted(kind)
+        losses = [runs.sums([(1, kind)], loss_in_windows(n), seeds) for n in sorted(lengths)]
+        if any(losses):
+            number = seeds_text(min(map(len, losses)), seeds)
+            rows.append([kind["pos"], label(kind), number, *map(loss_text, losses)])
+    head = ["positions", "attention", "seeds", *(f"{n} tokens" for n in sorted(lengths))]
+    return table(head, rows) if rows else ""
+
+
+# --- The reports ------------------------------------------------------------------------------------------------------
+
+
+def choose_baseline(kinds, name=None):
+    """A function from one of these kinds to that which it is compared with: of its setting and positions, the
+    attention of that name or label; without a name qkv, or the first. Raises UserError for a name that none has."""
+
+    def is_named(kind):
+        if len(attention_of(kind)) == 1 and kind["attention"] == (name or "qkv"):
+            return True
+        return name is not None and label(kind).lower() == name.lower()
+
+    if name and not any(map(is_named, kinds)):
+        labels = dict.fromkeys(map(label, kinds))
+        raise UserError(f"--baseline={name} is none of these attentions: {'; '.join(labels)}")
+
+    def baseline(kind):
+        beside = [other for other in kinds if key(setting(other)) == key(setting(kind))]
+        beside = [other for other in beside if other["pos"] == kind["pos"]]
+        return next(filter(is_named, beside), beside[0])
+
+    return baseline
+
+
+def sweep_report(runs, baseline_name=None):
+    """The comparison of any runs, each with the baseline of its setting and positions."""
+    kinds = runs.kinds()
+    text = comparison(runs, kinds, choose_baseline(kinds, baseline_name))
+    longer = windows(runs, kinds)
+    return f"{text}\nLosses in longer windows:\n\n{longer}" if longer else text
+
+
+@dataclass(frozen=True)
+class Section:
+    """An exploratory part of results.md: kinds that are compared with QKV, and pairs of kinds."""
+
+    title: str
+    words: str
+    kinds: list = ()
+    pairs: list = ()
+
+
+def pairs(pos, *attentions, **flags):
+    """Pairs of kinds, from pairs of attentions."""
+    return [(kind_of(pos, one, **flags), kind_of(pos, other, **flags)) for one, other in attentions]
+
+
+SECTIONS = [
+    Section(
+        "Rotated values",
+        "Under rope and rope+agf QV and QV-Ka rotate what they remember, and so their values. "
+        "With `--rope_values` QKV and GQA rotate theirs, too.",
+        pairs=[
+            *pairs("rope", (QKV_ROTATED, QKV)),
+            *pairs("rope+agf", (QKV_ROTATED, QKV), (GQA_ROTATED, GQA)),
+        ],
+    ),
+    Section(
+        "How little must be remembered",
+        "All attentions under rope+agf, and differences between some of them.",
+        kinds=sweeps.MEMORY,
+        pairs=[
+            *pairs("rope+agf", (QV, GQA_ROTATED), (QV, MQA_ROTATED), (QV_2, MQA_ROTATED)),
+            *pairs("rope+agf", (QV_KA_32_1, MQA_ROTATED), (DIAGONAL_32_1, MQA_ROTATED)),
+            *pairs("rope+agf", (QV_1, MLA_32), (QV_KA_1, QV), (QV_KA_32_2, QV)),
+        ],
+    ),
+    Section(
+        "A diagonal W_K, and a narrower context",
+        "QV-Ka makes its key by a matrix for each head, or by complex numbers that multiply what is remembered.",
+        pairs=[
+            *pairs("agf", (DIAGONAL, QV_KA)),
+            *pairs("rope", (DIAGONAL, QV_KA)),
+            *pairs("rope+agf", (DIAGONAL, QV_KA), (DIAGONAL_32_1, QV_KA_32_1), (QV_KA_32, QV_KA)),
+        ],
+    ),
+    Section(
+        "Three times as long",
+        "The same training with 1,800 steps.",
+        kinds=sweeps.LONGER,
+        pairs=pairs(
+            "rope+agf", (QV_KA, QV), (QV, MQA_ROTATED), (QV_KA, MQA_ROTATED), max_steps=1800
+        ),
+    ),
+    Section(
+        "Other learning rates, and AdamW",
+        "All other runs are trained by Muon at a rate of 0.01.",
+        kinds=[*sweeps.RATES, *sweeps.ADAMW],
+    ),
+    Section(
+        "A larger model",
+        "Its size and its training stand above each table.",
+        kinds=sweeps.LARGER,
+        pairs=pairs(
+            "rope+agf", (QV_KA, QV), (QV, MQA_ROTATED), (QV_KA, MQA_ROTATED), **sweeps.LARGER_MODEL
+        ),
+    ),
+]
+
+
+def section_text(runs, section):
+    """A section; a table in it says of how many of its seeds it is."""
+    parts = [f"### {section.title}", section.words]
+    if section.kinds:
+        parts.append(comparison(runs, section.kinds, like_qkv, sweeps.seeds_of))
+    if section.pairs:
+        parts.append(differences(runs, section.pairs))
+    return "\n\n".join(parts)
+
+
+def equal_time_text(runs, speeds):
+    """What is lost or gained after the time that QKV's 600 steps take, and after a fifth of it."""
+    equal = {label(kind): kind for kind in sweeps.equal_time()}
+    if not equal:
+        return (
+            "### At equal time\n\nNo step times are stored; `python tests/speeds.py` measures them."
+        )
+    textbook = kind_of("rope+agf", QKV)
+    others = [QKV_ROTATED, MQA_ROTATED, QV]
+    chosen = [equal[label(attention)] for attention in (*others, QV_KA)]
+    pairs_of_losses = [(one, textbook) for one in equal.values()]
+    pairs_of_losses += [(one, other) for other, one in itertools.combinations(chosen, 2)]
+    pairs_of_early = pairs("rope+agf", (QV, QKV_ROTATED), (QV_KA, QKV_ROTATED), (QV_KA, QV))
+
+    def early_loss_in_time(run):
+        faster = speed(speeds["training"], attention_of(run["kind"]))
+        return mean_loss_of_first(faster * sweeps.STEPS / 5, run)
+
+    return "\n\n".join(
+        [
+            "### At equal time",
+            "An attention has 600 steps times its training speed in the first table: as many as take the time of 600 "
+            "steps of QKV.",
+            differences(runs, pairs_of_losses),
+            "The mean training loss of the time that the first fifth of QKV's steps takes:",
+            differences(runs, pairs_of_early, early_loss_in_time),
+        ]
     )
 
 
-def write(records, args):
-    """For the moment: the mean loss of each kind of run."""
-    groups = {}
-    for record in records:
-        groups.setdefault(json.dumps(record["kind"]), []).append(record["final_val_loss"])
-    for kind, losses in groups.items():
-        print(f"{np.mean(losses):.4f} ({len(losses)} seeds) {kind}")
+def windows_text(runs):
+    kinds = sweeps.WINDOWS
+    text = windows(runs, kinds, lambda kind: sweeps.seeds_of(kind, windows=True))
+    return "### In longer windows\n\n" + (text or "No run was evaluated in longer windows yet.")
+
+
+MEANING = """\
+# What the runs show
+
+Made by `{command}` from the runs in results.json, those in results_first.json, and the speeds in speeds.json.
+
+- A **loss** is that of the trained model over the whole validation split, in nats per token.
+- A **difference** is a mean over seeds; runs of one seed saw the same batches, and are subtracted first.
+- **±** is half of the 95 % interval of such a mean (Student's t). A difference that is not told from zero is given as
+  that interval.
+- **QKV, rotated values** rotates its values under rope, as QV and QV-Ka do: they are compared with it. **MQA** is GQA
+  with one key and value.
+- Each part says of how many seeds it is; 14 of 20 means that runs are missing. In all these are {number} runs.
+"""
+
+FAMILY = """\
+## Fifteen claims
+
+Fixed before their runs were computed, on seeds that nobody had seen. A claim is **shown**, or **the opposite is shown**,
+if its difference is told from zero at a level of 5 % for all fifteen together (Student's t test, Holm's correction).
+Intervals are of each difference alone. Under rope and rope+agf QKV is QKV with rotated values.
+"""
+
+EXPLORATORY = """\
+## Exploratory: differences without verdicts
+
+Nothing here was claimed before. Where nothing differs, one interval in twenty leaves out zero by chance.
+"""
+
+FIRST = """\
+## What was seen first
+
+These runs were there before the claims were fixed, and led to them. They decide nothing. Their QKV does not rotate its
+values.
+"""
+
+
+def planned(runs, is_planned=True):
+    """Those of the runs that tests/sweeps.py asks for; or the others."""
+    return Runs(
+        record
+        for record in runs.records()
+        if (record["seed"] in sweeps.seeds_of(record["kind"])) == is_planned
+    )
+
+
+def results(all_runs, first, speeds, command):
+    """The whole of results.md."""
+    runs, others = planned(all_runs), planned(all_runs, is_planned=False)
+    parts = [
+        MEANING.format(command=command, number=len(runs.records())),
+        "## All attentions",
+        first_table(runs, speeds),
+        FAMILY,
+        family(runs),
+        EXPLORATORY,
+        *(section_text(runs, section) for section in SECTIONS),
+        windows_text(runs),
+        equal_time_text(runs, speeds),
+    ]
+    if others.records():
+        parts += ["### Other runs", sweep_report(others)]
+    if first.records():
+        parts += [FIRST, sweep_report(first)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"

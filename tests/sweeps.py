@@ -1,17 +1,19 @@
 """The runs that assets/results.md is made of: seven parts, in the order in which they are computed.
 
 `python tests/compare.py --part=1` trains the runs of a part that are not there yet. A part is a list of sweeps, and a
-sweep trains each of its kinds with each of its seeds. A kind is a dict of train.py's flags; whatever it does not name
-has the value of `--preset=cpu`. Nobody had seen a run of these seeds when the claims of report.py were chosen.
+sweep trains each of its kinds with each of its seeds. A kind is all that makes a run but its seed: a dict of train.py's
+flags, as they are given. Nobody had seen a run of these seeds when the claims of report.py were chosen.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-PRESET, DATASET = "cpu", "shakespeare_char"
-STEPS = 600  # of that preset
-STEP_TIMES = Path(__file__).parents[1] / "assets" / "steps.json"
+CPU = dict(preset="cpu", dataset="shakespeare_char")
+STEPS, CONTEXT = 600, 64  # of that preset
+
+# How fast attentions are beside QKV: what tests/speeds.py has measured.
+SPEEDS = Path(__file__).resolve().parents[1] / "assets" / "speeds.json"
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,13 @@ def seeds(number):
     return range(2001, 2001 + number)
 
 
-def kinds(pos, *attentions, **flags):
-    """The kinds of these attentions, each with its own flags and with those that all of them share."""
-    return [dict(attention, pos=pos, **flags) for attention in attentions]
+def kind_of(pos, attention, **flags):
+    """The kind of run of an attention's own flags, its positions, and other flags."""
+    return dict(CPU, **attention, pos=pos, **flags)
+
+
+def kinds_of(pos, *attentions, **flags):
+    return [kind_of(pos, attention, **flags) for attention in attentions]
 
 
 # Attentions, as train.py's flags. MQA is GQA with one key and value for all heads.
@@ -53,27 +59,30 @@ DIAGONAL = dict(attention="qv_ka", wk="diagonal")
 DIAGONAL_32_1 = dict(attention="qv_ka", wk="diagonal", d_ctx=32, n_kv_head=1)
 
 FAMILY = [
-    *kinds("sinusoidal", QKV, QV, QV_KA),
-    *kinds("agf", QKV, QV, QV_KA),
-    *kinds("rope", QKV, QKV_ROTATED, QV, QV_KA),
-    *kinds("rope+agf", QKV, QKV_ROTATED, QV, QV_KA),
+    *kinds_of("sinusoidal", QKV, QV, QV_KA),
+    *kinds_of("agf", QKV, QV, QV_KA),
+    *kinds_of("rope", QKV, QKV_ROTATED, QV, QV_KA),
+    *kinds_of("rope+agf", QKV, QKV_ROTATED, QV, QV_KA),
 ]
 
 FRONTIER = [
-    *kinds("rope+agf", GQA, GQA_ROTATED, MQA_ROTATED, MLA, MLA_32, MLA_64, QV_1, QV_2),
-    *kinds("rope+agf", QV_KA_32, QV_KA_32_2, QV_KA_32_1, QV_KA_1, DIAGONAL_32_1, DIAGONAL),
-    *kinds("agf", DIAGONAL),
-    *kinds("rope", DIAGONAL),
+    *kinds_of("rope+agf", GQA, GQA_ROTATED, MQA_ROTATED, MLA, MLA_32, MLA_64, QV_1, QV_2),
+    *kinds_of("rope+agf", QV_KA_32, QV_KA_32_2, QV_KA_32_1, QV_KA_1, DIAGONAL_32_1, DIAGONAL),
+    *kinds_of("agf", DIAGONAL),
+    *kinds_of("rope", DIAGONAL),
 ]
 
+# All that is compared by what it remembers.
+MEMORY = [kind for kind in [*FAMILY, *FRONTIER] if kind["pos"] == "rope+agf"]
+
 LONGER = [
-    *kinds("sinusoidal", QKV, QV, QV_KA, max_steps=1800),
-    *kinds("rope+agf", QKV_ROTATED, QV, QV_KA, DIAGONAL, MQA_ROTATED, max_steps=1800),
+    *kinds_of("sinusoidal", QKV, QV, QV_KA, max_steps=1800),
+    *kinds_of("rope+agf", QKV_ROTATED, QV, QV_KA, DIAGONAL, MQA_ROTATED, max_steps=1800),
 ]
 
 RATES = [
-    *kinds("rope+agf", QKV_ROTATED, QV, QV_KA, learning_rate=0.005),
-    *kinds("rope+agf", QKV_ROTATED, QV, QV_KA, learning_rate=0.02),
+    *kinds_of("rope+agf", QKV_ROTATED, QV, QV_KA, learning_rate=0.005),
+    *kinds_of("rope+agf", QKV_ROTATED, QV, QV_KA, learning_rate=0.02),
 ]
 
 BY_ADAMW = dict(
@@ -84,27 +93,48 @@ BY_ADAMW = dict(
     weight_decay=0.1,
     beta2=0.98,
 )
-ADAMW = kinds("rope+agf", QKV_ROTATED, QV, QV_KA, **BY_ADAMW)
+ADAMW = kinds_of("rope+agf", QKV_ROTATED, QV, QV_KA, **BY_ADAMW)
 
-WINDOWS = [kind for kind in FAMILY if kind["pos"] in ("rope", "rope+agf")]
+# The rows of the first table of results.md.
+TABLE = [
+    QKV,
+    QKV_ROTATED,
+    GQA_ROTATED,
+    MQA_ROTATED,
+    MLA,
+    QV,
+    QV_1,
+    QV_KA,
+    DIAGONAL,
+    QV_KA_32_1,
+    DIAGONAL_32_1,
+]
+
+WINDOWS = [
+    *kinds_of("rope", QKV, QKV_ROTATED, QV, QV_KA),
+    *kinds_of("rope+agf", *TABLE),
+]
 
 LARGER_MODEL = dict(n_layer=6, n_head=6, n_embd=192, block_size=128, batch_size=16, max_steps=500)
-LARGER = kinds("rope+agf", QKV_ROTATED, QV, QV_KA, DIAGONAL, MQA_ROTATED, **LARGER_MODEL)
+LARGER = kinds_of("rope+agf", QKV_ROTATED, QV, QV_KA, DIAGONAL, MQA_ROTATED, **LARGER_MODEL)
+
+
+def read_speeds():
+    """{"training": rows, "decoding": rows}, each row with an attention and its speed beside QKV's."""
+    if not SPEEDS.exists():
+        return {"training": [], "decoding": []}
+    return json.loads(SPEEDS.read_text("utf-8"))
 
 
 def equal_time():
-    """Each attention of the first table under rope+agf, with as many steps as take the time of 600 steps of QKV.
-
-    The step times are those that tests/steps.py has measured and stored; without them there is no such kind."""
-    if not STEP_TIMES.exists():
-        return []
-    measured = json.loads(STEP_TIMES.read_text("utf-8"))["training"]
-    found = []
-    for row in measured:
-        steps = round(STEPS / row["times_qkv"])
-        if row["kind"] != QKV:
-            found.append(dict(row["kind"], pos="rope+agf", max_steps=steps))
-    return found
+    """The attentions of the first table under rope+agf, each with as many steps as take the time of QKV's 600: one for
+    each training speed that was measured."""
+    rows = read_speeds()["training"]
+    others = [row for row in rows if row["attention"] != QKV]
+    return [
+        kind_of("rope+agf", row["attention"], max_steps=round(STEPS * row["speed"]))
+        for row in others
+    ]
 
 
 PARTS = {
@@ -116,3 +146,13 @@ PARTS = {
     6: [Sweep(LARGER, seeds(5))],
     7: [Sweep(equal_time(), seeds(10))],
 }
+
+
+def seeds_of(kind, windows=False):
+    """The seeds that the parts train this kind with, or, with windows, evaluate it in longer windows with."""
+    found = set()
+    for part in PARTS.values():
+        for sweep in part:
+            if kind in sweep.kinds and (sweep.lengths or not windows):
+                found.update(sweep.seeds)
+    return sorted(found)

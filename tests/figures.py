@@ -1,0 +1,231 @@
+"""The figures of what finished runs show, each to be read in ten seconds at the width of a page.
+
+Colours are those of Okabe and Ito, which colour-blind people tell apart; markers say the same in print. Every error bar
+or band is the 95 % interval of a mean over seeds.
+"""
+
+import numpy as np
+import sweeps
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+from report import attention_of, final_loss, label, like_qkv, loss_in_windows, place, setting
+from stats import interval
+from sweeps import QKV, QKV_ROTATED, QV, QV_KA, kinds_of
+
+from model import POSITIONS
+from prepare import write_atomically
+
+COLOURS = {
+    "qkv": "#000000",
+    "gqa": "#E69F00",
+    "mla": "#009E73",
+    "qv": "#D55E00",
+    "qv_ka": "#0072B2",
+}
+MARKERS = {"qkv": "o", "gqa": "s", "mla": "^", "qv": "v", "qv_ka": "D"}
+LOSS = "validation loss (nats per token)"
+
+
+def style(kind):
+    """An attention's colour and marker; those of variants are hollow."""
+    colour = COLOURS.get(kind["attention"], "#CC79A7")
+    is_variant = len(attention_of(kind)) > 1
+    return dict(
+        color=colour,
+        marker=MARKERS.get(kind["attention"], "P"),
+        markerfacecolor="white" if is_variant else colour,
+        capsize=3,
+    )
+
+
+def new_figure(height, panels=1):
+    """A figure as wide as a page, and its panels, which share their loss axis."""
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
+    for panel in axes:
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def add_legend(figure, axes):
+    """One legend above all panels, with each name once."""
+    entries = {}
+    for panel in axes:
+        handles, names = panel.get_legend_handles_labels()
+        entries.update(zip(names, handles))
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4)
+
+
+def use_powers_of_two(panel, numbers):
+    """A logarithmic axis with these numbers on it."""
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(numbers, [str(number) for number in numbers])
+    panel.minorticks_off()
+
+
+def save(figure, path):
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    return path
+
+
+# --- Losses by positions ----------------------------------------------------------------------------------------------
+
+
+def draw_positions(groups, path):
+    """The losses of each attention, for each kind of positions. `groups` are (name of the positions, kind, losses)."""
+    positions = list(dict.fromkeys(pos for pos, *_ in groups))
+    names = list(dict.fromkeys(label(kind) for _, kind, _ in groups))
+    figure, axes = new_figure(4)
+    for pos, kind, losses in groups:
+        aside = (names.index(label(kind)) + 0.5) / len(names) - 0.5
+        x = positions.index(pos) + 0.6 * aside
+        mean, half = interval(losses)
+        axes[0].errorbar(x, mean, half, label=label(kind), linestyle="none", **style(kind))
+    axes[0].set_xticks(range(len(positions)), positions)
+    axes[0].set_ylabel(LOSS)
+    add_legend(figure, axes)
+    return save(figure, path)
+
+
+# --- Losses and memory ------------------------------------------------------------------------------------------------
+
+
+def draw_frontier(runs, kinds, path):
+    """The loss of each kind against what a token leaves behind, each with its name beside it."""
+    figure, (axes,) = new_figure(5)
+    points = []
+    for kind in kinds:
+        x = runs.fact(kind, "remembered")
+        mean, half = interval(runs.sums([(1, kind)], final_loss, sweeps.seeds_of(kind)))
+        axes.errorbar(x, mean, half, linestyle="none", **style(kind))
+        points.append((x, mean, label(kind)))
+    use_powers_of_two(axes, [32, 64, 128, 256])
+    axes.margins(x=0.12, y=0.12)
+    axes.set(xlabel="numbers remembered per token and layer", ylabel=LOSS)
+    place_names(figure, axes, points)
+    return save(figure, path)
+
+
+def place_names(figure, axes, points):
+    """Writes a name beside each point (x, y, name), where it covers neither a point nor another name."""
+    figure.draw_without_rendering()
+    at = [axes.transData.transform((x, y)) for x, y, _ in points]
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in at]
+    for (x, y, name), point in zip(points, at):
+        for side, height in PLACES:
+            text = axes.annotate(
+                name,
+                (x, y),
+                (9 * side, height),
+                textcoords="offset points",
+                ha={-1: "right", 0: "center", 1: "left"}[side],
+                va="center",
+                fontsize=9,
+            )
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        else:
+            raise ValueError(f"there is no room for the name {name}")
+        taken.append(box)
+
+
+# Where a name may stand: on which side of its point, and how much higher, in points.
+PLACES = [(side, height) for height in (0, 8, -8, 14, -14, 22, -22, 30, -30) for side in (1, -1)]
+
+
+# --- Losses in longer windows -----------------------------------------------------------------------------------------
+
+
+def draw_lengths(runs, kinds, path):
+    """The losses in windows of several lengths, a panel for each kind of positions."""
+    positions = [pos for pos in POSITIONS if any(kind["pos"] == pos for kind in kinds)]
+    figure, panels = new_figure(4, len(positions))
+    for pos, panel in zip(positions, panels):
+        for kind in kinds:
+            if kind["pos"] == pos:
+                lengths = sorted(map(int, runs.fact(kind, "val_loss_by_length")))
+                losses = [runs.sums([(1, kind)], loss_in_windows(n)) for n in lengths]
+                means, halves = zip(*map(interval, losses))
+                panel.errorbar(lengths, means, halves, label=label(kind), **style(kind))
+        use_powers_of_two(panel, lengths)
+        panel.set(title=f"{pos} positions", xlabel="tokens in a window")
+    panels[0].set_ylabel(LOSS)
+    add_legend(figure, panels)
+    return save(figure, path)
+
+
+# --- Early in training ------------------------------------------------------------------------------------------------
+
+
+def first_fifth_of_curve(run):
+    curve = np.array(run["curve"])
+    return curve[: len(curve) // 5]
+
+
+def draw_early(runs, kinds, path):
+    """How the training losses of the first fifth of the steps differ from QKV's."""
+    figure, (axes,) = new_figure(3.5)
+    for kind in kinds:
+        terms = [(1, kind), (-1, like_qkv(kind))]
+        mean, half = interval(runs.sums(terms, first_fifth_of_curve, sweeps.seeds_of(kind)))
+        steps = (np.arange(len(mean)) + 0.5) * runs.fact(kind, "steps") / 5 / len(mean)
+        look = style(kind)
+        axes.fill_between(steps, mean - half, mean + half, color=look["color"], alpha=0.15, lw=0)
+        look.pop("capsize")
+        axes.plot(steps, mean, label=label(kind), **look)
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set(xlabel="step", ylabel="training loss less that of\nQKV with rotated values")
+    add_legend(figure, [axes])
+    return save(figure, path)
+
+
+# --- All of them ------------------------------------------------------------------------------------------------------
+
+
+def draw_results(runs, first, folder):
+    """Draws what results.md shows, as far as it is there; returns the paths of what was drawn."""
+
+    def there(kinds, what=final_loss):
+        return [kind for kind in kinds if runs.values(kind, what)]
+
+    drawn = []
+    learned = kinds_of("learned", QKV, QV, QV_KA)
+    groups = [
+        ("learned\n(seen first)", kind, first.sums([(1, kind)], final_loss))
+        for kind in learned
+        if first.values(kind, final_loss)
+    ]
+    for kind in there(sorted(sweeps.FAMILY, key=place)):
+        groups.append((kind["pos"], kind, runs.sums([(1, kind)], final_loss)))
+    if groups:
+        drawn.append(draw_positions(groups, folder / "positions.png"))
+    if found := there(sweeps.MEMORY):
+        drawn.append(draw_frontier(runs, found, folder / "frontier.png"))
+    windows = [
+        kind for pos in ("rope", "rope+agf") for kind in kinds_of(pos, QKV, QKV_ROTATED, QV, QV_KA)
+    ]
+    if found := there(windows, loss_in_windows(8 * sweeps.CONTEXT)):
+        drawn.append(draw_lengths(runs, found, folder / "lengths.png"))
+    early = kinds_of("rope+agf", QKV, QV, QV_KA)
+    if found := [
+        kind for kind in there(early) if runs.sums([(1, kind), (1, like_qkv(kind))], final_loss)
+    ]:
+        drawn.append(draw_early(runs, found, folder / "early.png"))
+    return drawn
+
+
+def draw_sweep(runs, folder):
+    """Draws the losses of any runs of one setting, and those in longer windows; returns the paths of what was drawn."""
+    drawn = []
+    found = runs.kinds()
+    if len({str(setting(kind)) for kind in found}) > 1:
+        return drawn
+    groups = [(kind["pos"], kind, runs.sums([(1, kind)], final_loss)) for kind in found]
+    drawn.append(draw_positions(groups, folder / "positions.png"))
+    longer = [kind for kind in found if runs.fact(kind, "val_loss_by_length")]
+    if longer:
+        drawn.append(draw_lengths(runs, longer, folder / "lengths.png"))
+    return drawn
