@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentTypeError
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -377,7 +377,7 @@ def record(folder, job):
     """Writes and returns what a report needs of a run. Raises UserError where training has not come to its end, or
     where the folder holds another run."""
     model, checkpoint = GPT.load(folder / "last.pt")
-    config = {**checkpoint["train_config"], **checkpoint["model_config"]}
+    config = {**checkpoint["train_config"], **asdict(model.config.resolve())}
     for name, value in job.kind.items():
         if config[name] != value:
             raise UserError(f"{folder} holds a run with {name}={config[name]}; remove it")
@@ -386,34 +386,32 @@ def record(folder, job):
     if steps < config["max_steps"]:
         raise UserError(f"it ended at step {steps} of {config['max_steps']}")
 
-    log = checkpoint["log"]
-    best = min(log, key=lambda entry: entry["val_loss"])
+    # Evaluations on the way may be of a part of the validation split: they have no val_loss.
+    log = [{name: round(value, 4) for name, value in entry.items()} for entry in checkpoint["log"]]
+    whole = [entry for entry in checkpoint["log"] if "val_loss" in entry]
+    best = min(whole, key=lambda entry: entry["val_loss"])
     early = losses[: first_fifth(steps)]
     curve = [part.mean() for part in np.array_split(losses, min(CURVE_POINTS, steps))]
     sizes = {name: weights.numel() for name, weights in model.named_parameters()}
     in_attention = [size for name, size in sizes.items() if ".attention." in name]
     tokens = steps * config["batch_size"] * config["block_size"]
-    numbers_remembered = model.eval().cache_bytes()[1] // (4 * config["n_layer"])
 
     found = dict(
         kind=job.kind,
         seed=job.seed,
-        final_val_loss=log[-1]["val_loss"],
+        final_val_loss=whole[-1]["val_loss"],
         best_val_loss=best["val_loss"],
         best_step=best["step"],
         val_loss_by_length={},
-        early_loss=round(float(np.mean(early)), 6),
+        early_loss=float(np.mean(early)),
         steps=steps,
         curve=[round(float(loss), 3) for loss in curve],
-        log=[
-            (entry["step"], round(entry["val_loss"], 4), round(entry["seconds"], 1))
-            for entry in log
-        ],
+        log=log,
         seconds=round(checkpoint["seconds"], 1),
         tokens_per_second=round(tokens / checkpoint["seconds"]),
         attention_parameters=sum(in_attention),
         parameters=sum(sizes.values()),
-        remembered=numbers_remembered,
+        remembered=model.cache_bytes()[1] // (4 * config["n_layer"]),
         config={
             name: value
             for name, value in config.items()
@@ -439,7 +437,7 @@ def evaluate_lengths(folder, times):
     if found["kind"]["pos"] == "learned" or not wanted:
         return
     model, checkpoint = GPT.load(folder / "last.pt")
-    if checkpoint["log"][-1]["val_loss"] != found["final_val_loss"]:
+    if len(checkpoint["losses"]) != found["steps"]:
         raise UserError(f"{folder} was trained on after its record.json was made; remove it")
     training = checkpoint["train_config"]
     val, device = (

@@ -35,6 +35,7 @@ def style(kind):
         marker=MARKERS.get(kind["attention"], "P"),
         markerfacecolor="white" if is_variant else colour,
         capsize=3,
+        linewidth=1.5,
     )
 
 
@@ -74,14 +75,14 @@ def save(figure, path):
 
 def draw_positions(groups, path):
     """The losses of each attention, for each kind of positions. `groups` are (name of the positions, kind, losses)."""
-    positions = list(dict.fromkeys(pos for pos, *_ in groups))
-    names = list(dict.fromkeys(label(kind) for _, kind, _ in groups))
     figure, axes = new_figure(4)
-    for pos, kind, losses in groups:
-        aside = (names.index(label(kind)) + 0.5) / len(names) - 0.5
-        x = positions.index(pos) + 0.6 * aside
-        mean, half = interval(losses)
-        axes[0].errorbar(x, mean, half, label=label(kind), linestyle="none", **style(kind))
+    positions = list(dict.fromkeys(pos for pos, *_ in groups))
+    for number, pos in enumerate(positions):
+        here = [(kind, losses) for there, kind, losses in groups if there == pos]
+        for aside, (kind, losses) in enumerate(here):
+            x = number + 0.15 * (aside - (len(here) - 1) / 2)
+            mean, half = interval(losses)
+            axes[0].errorbar(x, mean, half, label=label(kind), linestyle="none", **style(kind))
     axes[0].set_xticks(range(len(positions)), positions)
     axes[0].set_ylabel(LOSS)
     add_legend(figure, axes)
@@ -99,41 +100,54 @@ def draw_frontier(runs, kinds, path):
         x = runs.fact(kind, "remembered")
         mean, half = interval(runs.sums([(1, kind)], final_loss, sweeps.seeds_of(kind)))
         axes.errorbar(x, mean, half, linestyle="none", **style(kind))
-        points.append((x, mean, label(kind)))
+        points.append((x, mean, half, in_lines(label(kind))))
     use_powers_of_two(axes, [32, 64, 128, 256])
-    axes.margins(x=0.12, y=0.12)
+    axes.margins(x=0.16, y=0.12)
     axes.set(xlabel="numbers remembered per token and layer", ylabel=LOSS)
     place_names(figure, axes, points)
     return save(figure, path)
 
 
+def in_lines(name):
+    """A name with more than two parts, in two lines."""
+    first, *rest = name.split(", ")
+    return name if len(rest) < 2 else f"{first}, {rest[0]},\n{', '.join(rest[1:])}"
+
+
 def place_names(figure, axes, points):
-    """Writes a name beside each point (x, y, name), where it covers neither a point nor another name."""
+    """Writes a name beside each point (x, mean, half of the interval, name): where it covers nothing else, if it can."""
+    axes.autoscale(False)
     figure.draw_without_rendering()
-    at = [axes.transData.transform((x, y)) for x, y, _ in points]
-    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in at]
-    for (x, y, name), point in zip(points, at):
+    inside = axes.get_window_extent()
+    taken = [box_of_point(axes, *point[:3]) for point in points]
+    for x, y, _, name in points:
         for side, height in PLACES:
-            text = axes.annotate(
-                name,
-                (x, y),
-                (9 * side, height),
-                textcoords="offset points",
-                ha={-1: "right", 0: "center", 1: "left"}[side],
-                va="center",
-                fontsize=9,
-            )
+            right, up = axes.transData.transform((x, y)) + (14 * side, height)
+            place = axes.transData.inverted().transform((right, up))
+            text = axes.text(*place, name, ha=ALIGNED[side], va="center", fontsize=9)
             box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
+            fits = inside.x0 < box.x0 and box.x1 < inside.x1
+            if fits and not any(box.overlaps(other) for other in taken):
                 break
             text.remove()
         else:
-            raise ValueError(f"there is no room for the name {name}")
-        taken.append(box)
+            text = axes.text(*place, name, ha=ALIGNED[side], va="center", fontsize=9)
+        taken.append(text.get_window_extent())
+        axes.plot([x, place[0]], [y, place[1]], color="0.6", linewidth=0.8, zorder=0)
 
 
-# Where a name may stand: on which side of its point, and how much higher, in points.
-PLACES = [(side, height) for height in (0, 8, -8, 14, -14, 22, -22, 30, -30) for side in (1, -1)]
+def box_of_point(axes, x, mean, half):
+    """What a marker and its error bar cover, in pixels."""
+    half = 0 if np.isnan(half) else half
+    left, below = axes.transData.transform((x, mean - half))
+    right, above = axes.transData.transform((x, mean + half))
+    return Bbox.from_extents(left - 6, below - 6, right + 6, above + 6)
+
+
+# Where a name may stand, nearest first: on which side of its point, and how much higher, in pixels.
+HEIGHTS = sorted(range(-150, 151, 6), key=abs)
+PLACES = [(side, height) for height in HEIGHTS for side in (1, -1)]
+ALIGNED = {1: "left", -1: "right"}
 
 
 # --- Losses in longer windows -----------------------------------------------------------------------------------------
@@ -144,12 +158,13 @@ def draw_lengths(runs, kinds, path):
     positions = [pos for pos in POSITIONS if any(kind["pos"] == pos for kind in kinds)]
     figure, panels = new_figure(4, len(positions))
     for pos, panel in zip(positions, panels):
-        for kind in kinds:
-            if kind["pos"] == pos:
-                lengths = sorted(map(int, runs.fact(kind, "val_loss_by_length")))
-                losses = [runs.sums([(1, kind)], loss_in_windows(n)) for n in lengths]
-                means, halves = zip(*map(interval, losses))
-                panel.errorbar(lengths, means, halves, label=label(kind), **style(kind))
+        for number, kind in enumerate(kind for kind in kinds if kind["pos"] == pos):
+            lengths = sorted(map(int, runs.fact(kind, "val_loss_by_length")))
+            losses = [runs.sums([(1, kind)], loss_in_windows(n)) for n in lengths]
+            means, halves = zip(*map(interval, losses))
+            aside = 1.04 ** (number - 1.5)
+            x = [aside * length for length in lengths]
+            panel.errorbar(x, means, halves, label=label(kind), **style(kind))
         use_powers_of_two(panel, lengths)
         panel.set(title=f"{pos} positions", xlabel="tokens in a window")
     panels[0].set_ylabel(LOSS)
@@ -167,18 +182,15 @@ def first_fifth_of_curve(run):
 
 def draw_early(runs, kinds, path):
     """How the training losses of the first fifth of the steps differ from QKV's."""
-    figure, (axes,) = new_figure(3.5)
-    for kind in kinds:
+    figure, axes = new_figure(3.5)
+    for number, kind in enumerate(kinds):
         terms = [(1, kind), (-1, like_qkv(kind))]
         mean, half = interval(runs.sums(terms, first_fifth_of_curve, sweeps.seeds_of(kind)))
         steps = (np.arange(len(mean)) + 0.5) * runs.fact(kind, "steps") / 5 / len(mean)
-        look = style(kind)
-        axes.fill_between(steps, mean - half, mean + half, color=look["color"], alpha=0.15, lw=0)
-        look.pop("capsize")
-        axes.plot(steps, mean, label=label(kind), **look)
-    axes.axhline(0, color="black", linewidth=1)
-    axes.set(xlabel="step", ylabel="training loss less that of\nQKV with rotated values")
-    add_legend(figure, [axes])
+        axes[0].errorbar(steps + number - 1, mean, half, label=label(kind), **style(kind))
+    axes[0].axhline(0, color="black", linewidth=1)
+    axes[0].set(xlabel="step", ylabel="training loss less that of\nQKV, rotated")
+    add_legend(figure, axes)
     return save(figure, path)
 
 

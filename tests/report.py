@@ -45,7 +45,16 @@ from prepare import UserError
 ONLY = {field.name: field.metadata["only"] for field in fields(GPTConfig)}
 VARIANT = {*(name for name, needs in ONLY.items() if needs), "n_inner"}
 
+# What attentions, and the flags of their variants, are called in tables and figures.
 NAMES = {"qkv": "QKV", "gqa": "GQA", "mla": "MLA", "qv": "QV", "qv_ka": "QV-Ka"}
+WORDS = {
+    "n_kv_head": "{} values",
+    "d_ctx": "context {}",
+    "d_latent": "latent {}",
+    "wk": "{} W_K",
+    "rope_values": "rotated",
+    "n_inner": "MLP {}",
+}
 
 
 def setting(kind):
@@ -61,24 +70,13 @@ def attention_of(kind):
 
 def label(kind):
     """An attention and its variant in words, such as MQA, or QV, 1 value."""
-    flags = {name: kind[name] for name in sorted(kind) if name in VARIANT}
     name = NAMES.get(kind["attention"], kind["attention"])
+    flags = {flag: kind[flag] for flag in [*WORDS, *sorted(VARIANT - WORDS.keys())] if flag in kind}
     if name == "GQA" and flags.get("n_kv_head") == 1:
         name = "MQA"
         del flags["n_kv_head"]
-    return ", ".join([name, *(in_words(flag, value) for flag, value in flags.items())])
-
-
-def in_words(flag, value):
-    """A flag of a variant, in words."""
-    if flag == "n_kv_head":
-        return "1 value" if value == 1 else f"{value} values"
-    if flag == "rope_values" and value:
-        return "rotated values"
-    if flag == "wk":
-        return f"{value} W_K"
-    names = {"d_ctx": "context", "d_latent": "latent", "d_rope": "rotary key", "n_inner": "MLP"}
-    return f"{names[flag]} {value}" if flag in names else f"{flag}={value}"
+    words = [WORDS.get(flag, f"{flag}={{}}").format(value) for flag, value in flags.items()]
+    return ", ".join([name, *words]).replace("1 values", "1 value")
 
 
 def key(kind):
@@ -129,6 +127,11 @@ class Runs:
 
 def final_loss(run):
     return run["final_val_loss"]
+
+
+def best_loss(run):
+    """The lowest loss of all evaluations of the whole split."""
+    return run["best_val_loss"]
 
 
 def early_loss(run):
@@ -350,9 +353,9 @@ def all_there_are(kind):
     return None
 
 
-def comparison(runs, kinds, baseline, wanted=all_there_are):
+def comparison(runs, kinds, baseline, wanted=all_there_are, measure=final_loss):
     """A table for each setting: each kind, and how it differs from its baseline. `baseline` is a function of a kind, to
-    another or None; `wanted` one to the seeds that there should be."""
+    another; `wanted` one to the seeds that there should be."""
     head = ["positions", "attention", "seeds", "numbers remembered", "weights in attention"]
     head += [
         "loss",
@@ -362,7 +365,7 @@ def comparison(runs, kinds, baseline, wanted=all_there_are):
     rows = {}
     for kind in kinds:
         seeds, base = wanted(kind), baseline(kind)
-        losses = runs.sums([(1, kind)], final_loss, seeds)
+        losses = runs.sums([(1, kind)], measure, seeds)
         weights = runs.fact(kind, "attention_parameters")
         row = [
             kind["pos"],
@@ -372,14 +375,12 @@ def comparison(runs, kinds, baseline, wanted=all_there_are):
             f"{weights:,}" if weights else NOTHING,
             loss_text(losses),
         ]
-        if base in (None, kind):
-            row += ["", ""]
+        if base == kind:
+            row += ["(the baseline)", ""]
         else:
             terms = [(1, kind), (-1, base)]
-            row += [
-                difference_text(runs.sums(terms, measure, seeds))
-                for measure in (final_loss, early_loss)
-            ]
+            for what in (measure, early_loss):
+                row.append(difference_text(runs.sums(terms, what, seeds)))
         rows.setdefault(setting_text(kind), []).append(row)
     return "\n".join(f"{words}\n\n{table(head, rows[words])}" for words in rows)
 
@@ -400,14 +401,16 @@ def differences(runs, pairs, measure=final_loss):
         memory = [runs.fact(kind, "remembered") or NOTHING for kind in (one, other)]
         rows.append(
             [
-                f"({label(one)}) - ({label(other)})",
+                label(one),
+                label(other),
                 one["pos"],
-                " - ".join(map(str, memory)),
+                ", ".join(map(str, memory)),
                 seeds_text(len(values), seeds),
                 difference_text(values),
             ]
         )
-    return table(["difference", "positions", "numbers remembered", "seeds", "loss"], rows)
+    head = ["attention", "less", "positions", "numbers remembered", "seeds", "difference"]
+    return table(head, rows)
 
 
 def windows(runs, kinds, wanted=all_there_are):
@@ -450,10 +453,11 @@ def choose_baseline(kinds, name=None):
     return baseline
 
 
-def sweep_report(runs, baseline_name=None):
+def sweep_report(runs, baseline_name=None, measure=final_loss):
     """The comparison of any runs, each with the baseline of its setting and positions."""
     kinds = runs.kinds()
-    text = comparison(runs, kinds, choose_baseline(kinds, baseline_name))
+    baseline = choose_baseline(kinds, baseline_name)
+    text = comparison(runs, kinds, baseline, measure=measure)
     longer = windows(runs, kinds)
     return f"{text}\nLosses in longer windows:\n\n{longer}" if longer else text
 
@@ -476,8 +480,7 @@ def pairs(pos, *attentions, **flags):
 SECTIONS = [
     Section(
         "Rotated values",
-        "Under rope and rope+agf QV and QV-Ka rotate what they remember, and so their values. "
-        "With `--rope_values` QKV and GQA rotate theirs, too.",
+        "What QKV and GQA gain or lose by `--rope_values`.",
         pairs=[
             *pairs("rope", (QKV_ROTATED, QKV)),
             *pairs("rope+agf", (QKV_ROTATED, QKV), (GQA_ROTATED, GQA)),
@@ -581,9 +584,9 @@ Made by `{command}` from the runs in results.json, those in results_first.json, 
 - A **difference** is a mean over seeds; runs of one seed saw the same batches, and are subtracted first.
 - **±** is half of the 95 % interval of such a mean (Student's t). A difference that is not told from zero is given as
   that interval.
-- **QKV, rotated values** rotates its values under rope, as QV and QV-Ka do: they are compared with it. **MQA** is GQA
-  with one key and value.
-- Each part says of how many seeds it is; 14 of 20 means that runs are missing. In all these are {number} runs.
+- **Rotated**: under rope and rope+agf QV and QV-Ka rotate what they remember, and so their values. With `--rope_values`
+  QKV and GQA do the same, and are then called rotated. **MQA** is GQA with one key and one value for all heads.
+- Each part says of how many seeds it is; 14 of 20 means that runs are missing. {number} runs are there.
 """
 
 FAMILY = """\
@@ -591,7 +594,7 @@ FAMILY = """\
 
 Fixed before their runs were computed, on seeds that nobody had seen. A claim is **shown**, or **the opposite is shown**,
 if its difference is told from zero at a level of 5 % for all fifteen together (Student's t test, Holm's correction).
-Intervals are of each difference alone. Under rope and rope+agf QKV is QKV with rotated values.
+Intervals are of each difference alone. Under rope and rope+agf QKV is QKV, rotated.
 """
 
 EXPLORATORY = """\
@@ -604,7 +607,7 @@ FIRST = """\
 ## What was seen first
 
 These runs were there before the claims were fixed, and led to them. They decide nothing. Their QKV does not rotate its
-values.
+values. Their losses are the lowest of each run's evaluations, which flatters long runs.
 """
 
 
@@ -617,13 +620,23 @@ def planned(runs, is_planned=True):
     )
 
 
-def results(all_runs, first, speeds, command):
-    """The whole of results.md."""
+# The figures that figures.py draws, and what they show.
+FIGURES = {
+    "positions.png": "The losses by positions",
+    "frontier.png": "The losses under rope+agf, by what is remembered",
+    "lengths.png": "The losses in longer windows",
+    "early.png": "Early in training: the training losses under rope+agf less those of QKV, rotated",
+}
+
+
+def results(all_runs, first, speeds, drawn, command):
+    """The whole of results.md. `drawn` are the names of the figures beside it."""
     runs, others = planned(all_runs), planned(all_runs, is_planned=False)
     parts = [
         MEANING.format(command=command, number=len(runs.records())),
         "## All attentions",
         first_table(runs, speeds),
+        *(f"![{FIGURES[name]}]({name})\n\n*{FIGURES[name]}*" for name in drawn),
         FAMILY,
         family(runs),
         EXPLORATORY,
@@ -634,5 +647,5 @@ def results(all_runs, first, speeds, command):
     if others.records():
         parts += ["### Other runs", sweep_report(others)]
     if first.records():
-        parts += [FIRST, sweep_report(first)]
+        parts += [FIRST, sweep_report(first, measure=best_loss)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
