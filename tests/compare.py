@@ -427,34 +427,30 @@ def first_fifth(steps):
     return -(-steps // 5)
 
 
-def evaluate_lengths(folder, times):
+def evaluate_lengths(folder, times, device):
     """Adds to a run's record its losses in windows of so many times the context: those that are not there yet, and
-    that the data is long enough for."""
+    that the data is long enough for. Learned positions end with the context."""
     found = read(folder)
-    losses = found["val_loss_by_length"]
-    size = found["config"]["block_size"]
+    losses, size = found["val_loss_by_length"], found["config"]["block_size"]
     wanted = [n * size for n in times if str(n * size) not in losses]
     if found["kind"]["pos"] == "learned" or not wanted:
         return
     model, checkpoint = GPT.load(folder / "last.pt")
     if len(checkpoint["losses"]) != found["steps"]:
         raise UserError(f"{folder} was trained on after its record.json was made; remove it")
+
     training = checkpoint["train_config"]
-    val, device = (
-        load_or_prepare(found["kind"]["dataset"])[2]["val"],
-        train.choose_device(training["device"]),
-    )
+    context = train.autocast(device, training["dtype"])
     rows = training["micro_batch_size"] or training["batch_size"]
+    val = load_or_prepare(training["dataset"])[2]["val"]
     for length in wanted:
-        if length >= len(val):
-            continue
-        longer = GPT(replace(model.config, block_size=length)).to(device)
-        longer.load_state_dict(model.state_dict())
-        context = train.autocast(device, training["dtype"])
-        windows = max(1, rows * size // length)
-        total, count = train.evaluate(longer, val, windows, context, training["eval_tokens"])
-        losses[str(length)] = total / count
-        write_json(folder / "record.json", found)
+        if length < len(val):
+            longer = GPT(replace(model.config, block_size=length)).to(device)
+            longer.load_state_dict(model.state_dict())
+            windows = max(1, rows * size // length)
+            total, count = train.evaluate(longer, val, windows, context)
+            losses[str(length)] = total / count
+            write_json(folder / "record.json", found)
 
 
 # --- What is stored, and what is reported -----------------------------------------------------------------------------
@@ -534,8 +530,8 @@ def report_results(args):
 
 def sweep(jobs, args, flags):
     """Trains and evaluates these runs; returns a sentence for each that failed."""
-    device = train.choose_device(flags.get("device", "auto"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = train.choose_device(flags.get("device", "auto"), threads=cores)
     workers = args.workers or (cores if device.type == "cpu" else 4)
     say_plan(jobs, workers)
     failed = train_missing(jobs, workers, threads=max(1, cores // workers))
@@ -543,7 +539,7 @@ def sweep(jobs, args, flags):
     evaluated = [folder for folder, job in jobs.items() if job.lengths and finished(folder)]
     progress = Progress(len(evaluated))
     for number, folder in enumerate(evaluated, start=1):
-        evaluate_lengths(folder, jobs[folder].lengths)
+        evaluate_lengths(folder, jobs[folder].lengths, device)
         progress(number, f"evaluated in longer windows: {number} of {len(evaluated)} runs")
     progress.clear()
     return failed

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import sweeps  # noqa: E402
+
 import train  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from prepare import (  # noqa: E402
