@@ -508,20 +508,19 @@ def report_sweep(jobs, args):
 
 def report_results(args):
     """Makes results.md and its figures of the stored runs and those of --out; with --assets, stores these, too."""
-    runs = report.Runs(stored_runs(ASSETS / "results.json") + finished_runs(args.out))
-    first = report.Runs(first_runs())
     folder, command = args.out, "python tests/compare.py --report"
     if args.assets:
         folder, command = ASSETS, f"{command} --assets"
-        lines = ",\n".join(map(json.dumps, runs.records()))
-        write_text(ASSETS / "results.json", f"[\n{lines}\n]\n")
     folder.mkdir(parents=True, exist_ok=True)
-    text = report.results(runs, first, sweeps.read_speeds(), command)
-    planned = report.planned(runs)
-    written = [
-        write_text(folder / "results.md", text),
-        *figures.draw_results(planned, first, folder),
-    ]
+    runs = report.Runs(stored_runs(ASSETS / "results.json") + finished_runs(args.out))
+    first = report.Runs(first_runs())
+    drawn = figures.draw_results(report.planned(runs), first, folder)
+    names = [path.name for path in drawn]
+    text = report.results(runs, first, sweeps.read_speeds(), names, command)
+    written = [write_text(folder / "results.md", text), *drawn]
+    if args.assets and runs.records():
+        lines = ",\n".join(map(json.dumps, runs.records()))
+        written.append(write_text(ASSETS / "results.json", f"[\n{lines}\n]\n"))
     print(f"written: {', '.join(map(str, written))}")
 
 
