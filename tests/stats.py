@@ -1,10 +1,12 @@
 """Statistics over seeds: how far a mean of few runs can be trusted. By numpy alone; tests hold it against tables."""
 
+import functools
 import math
 
 import numpy as np
 
 
+@functools.cache
 def student(n):
     """Student's t for n values, as two arrays: sizes of t, and the chance that a larger one, of either sign, comes up
     where there is no difference. With t = sqrt(n - 1) tan(x), the density of x is proportional to cos(x)^(n - 2)."""
