@@ -1,15 +1,16 @@
 """Trains many runs by train.py, so that attentions can be compared, and reports what they show.
 
-    python tests/compare.py                                    qkv, qv and qv_ka with rope+agf, seeds 1337 to 1341
-    python tests/compare.py --attention=all --pos=rope,agf --seeds=1-20     trains only what is not there yet
-    python tests/compare.py --attention=qv --n_inner=576       a variant: train.py's flags go to its runs
-    python tests/compare.py --lengths=1,2,4,8                  also in windows of up to 8 times the context
-    python tests/compare.py --part=1                           the first part of the runs of assets/results.md
-    python tests/compare.py --report                           trains nothing: makes results.md anew
+    python tests/compare.py                         qkv, qv and qv_ka, seeds 1337 to 1341
+    python tests/compare.py --attention=all --pos=rope,agf --seeds=1-20
+    python tests/compare.py --attention=qv --n_inner=576    train.py's flags go to its runs
+    python tests/compare.py --lengths=1,2,4,8       also in windows of up to 8 times the context
+    python tests/compare.py --part=1                the first part of the runs of results.md
+    python tests/compare.py --report                trains nothing: makes results.md anew
 
-A run is a folder in --out. It holds what train.py writes, what that prints (output.txt) and, once the run is finished,
-record.json: its flags, and all that a report needs, so the checkpoints may then be deleted. Ctrl-C stops the runs, each
-saves itself, and the same command goes on. Beside other work on the same machine, put `nice` before the command.
+Only runs that are not there yet are trained. A run is a folder in --out. It holds what train.py
+writes, what that prints (output.txt) and, once the run is finished, record.json: its flags, and all
+that a report needs, so the checkpoints may then be deleted. Ctrl-C stops the runs, each saves
+itself, and the same command goes on. Beside other work on the same machine, put `nice` before it.
 """
 
 import itertools
@@ -31,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import figures  # noqa: E402
 import report  # noqa: E402
+import runs  # noqa: E402
 import sweeps  # noqa: E402
 
 import train  # noqa: E402
@@ -58,7 +60,7 @@ NOT_RECORDED = {"attention", "pos", "dataset", "preset", "seed", "out", "resume"
 
 CURVE_POINTS = 60
 
-# --- The command line -------------------------------------------------------------------------------------------------
+# --- The command line -----------------------------------------------------------------------------
 
 
 def some_of(names):
@@ -101,8 +103,8 @@ def parse(argv):
     """The flags of this program, and a dict of those for train.py."""
     parser = new_parser(
         __doc__,
-        epilog="Any other flag goes to train.py; see train.py --help. One that counts for some attentions or\n"
-        "positions only, such as --d_ctx, is given to those only.",
+        epilog="Any other flag goes to train.py; see train.py --help. One that counts for some\n"
+        "attentions or positions only, such as --d_ctx, is given to those only.",
     )
     add = parser.add_argument
     add(
@@ -115,30 +117,31 @@ def parse(argv):
         "--pos",
         type=some_of([*POSITIONS]),
         metavar="NAMES",
-        help=f"positions to compare them with, of {','.join(POSITIONS)}; or all (default: the model's)",
+        help=f"positions to compare them with, of {','.join(POSITIONS)}; or all (default: as for "
+        "train.py)",
     )
     add(
         "--seeds",
         type=parse_seeds,
         metavar="FIRST-LAST",
-        help="seeds that each of them is trained with, as 2001-2020 or 1,5,7: the more, the smaller a difference "
-        "that can be told from chance (default: 1337-1341)",
+        help="seeds that each of them is trained with, as 2001-2020 or 1,5,7: the more, the "
+        "smaller a difference that can be told from chance (default: 1337-1341)",
     )
-    add("--dataset", metavar="NAME", help="data set, as for train.py (default: the preset's)")
-    add("--preset", choices=train.PRESETS, help="preset, as for train.py (default: as there)")
+    add("--dataset", metavar="NAME", help="data set to train on (default: as for train.py)")
+    add("--preset", choices=train.PRESETS, help="preset of all runs (default: as for train.py)")
     add(
         "--baseline",
         metavar="NAME",
         help="attention that the others are compared with, as the report names it, such as "
-        "'qkv rope_values' (default: qkv, or the first that there is)",
+        "'QKV, rotated' (default: qkv, or the first that there is)",
     )
     add(
         "--lengths",
         type=parse_numbers,
         default=[],
         metavar="NUMBERS",
-        help="evaluate each run also in windows of so many times its context, as 1,2,4,8; learned positions "
-        "cannot be, for they end with the context",
+        help="evaluate each run also in windows of so many times its context, as 1,2,4,8; with "
+        "learned positions, which end with the context, that is left out",
     )
     add(
         "--part",
@@ -162,12 +165,13 @@ def parse(argv):
     add(
         "--report",
         action="store_true",
-        help="train nothing: make results.md and its figures, in --out, of the stored runs and those in --out",
+        help="train nothing: make results.md and its figures, in --out, of the runs that are "
+        "stored in assets/ and of those in --out",
     )
     add(
         "--assets",
         action="store_true",
-        help="with --report: write them to this repository's assets/ instead, and store the runs there",
+        help="with --report: write them to assets/, and store the runs of --out there, too",
     )
     args, others = parser.parse_known_args(argv)
     flags = train.parse(others)
@@ -177,30 +181,32 @@ def parse(argv):
 
 def check(args, flags):
     """Refuses flags that do not go together."""
-    for name in ("seed", "out", "resume"):
+    for name in ("seed", "resume"):
         if name in flags:
-            raise UserError(f"--{name} is not for here; see --seeds and --out in compare.py --help")
+            raise UserError(f"--{name} is not for here; see --seeds in compare.py --help")
     if args.assets and not args.report:
         raise UserError("--assets belongs to --report; train first, then store the runs by both")
     if args.part:
-        for number in args.part:
-            if number not in sweeps.PARTS:
-                raise UserError(f"--part={number} is none of the parts 1 to {max(sweeps.PARTS)}")
-        given = [
-            name
-            for name in ("attention", "pos", "dataset", "preset", "lengths")
-            if getattr(args, name)
-        ]
-        for name in [*given, *sorted(flags.keys() - MACHINE)]:
-            raise UserError(f"--{name} cannot change a part, which says itself what its runs are")
+        check_part(args, flags)
 
 
-# --- Which runs -------------------------------------------------------------------------------------------------------
+def check_part(args, flags):
+    for number in args.part:
+        if number not in sweeps.PARTS:
+            raise UserError(f"--part={number} is none of the parts 1 to {max(sweeps.PARTS)}")
+    ours = ("attention", "pos", "dataset", "preset", "lengths")
+    given = [name for name in ours if getattr(args, name)]
+    for name in [*given, *sorted(flags.keys() - MACHINE)]:
+        raise UserError(f"--{name} cannot change a part, which says itself what its runs are")
+
+
+# --- Which runs -----------------------------------------------------------------------------------
 
 
 @dataclass
 class Job:
-    """A run to train: what it is, the command line that makes it, and the windows to evaluate it in."""
+    """A run to train: what it is, the command line that makes it, and the windows to evaluate it
+    in."""
 
     kind: dict
     seed: int
@@ -210,14 +216,15 @@ class Job:
 
 def counts(name, kind):
     """Whether a flag counts for this kind of run; n_kv_head does not for qkv, for example."""
-    needs = report.ONLY.get(name, {})
+    needs = runs.ONLY.get(name, {})
     return all(kind[other] in values for other, values in needs.items())
 
 
 def plan(args, flags):
-    """All runs that the command line asks for, {folder: Job}. Raises UserError for what train.py refuses."""
+    """All runs that the command line asks for, {folder: Job}. Raises UserError for what train.py
+    refuses."""
     machine = {name: value for name, value in flags.items() if name in MACHINE}
-    wanted = runs_of_parts(args) if args.part else runs_of_flags(args, flags)
+    wanted = asked_by_parts(args) if args.part else asked_by_flags(args, flags)
     jobs = {}
     for kind, seed, lengths in wanted:
         given = {**kind, "seed": seed}
@@ -230,9 +237,9 @@ def plan(args, flags):
     return jobs
 
 
-def runs_of_parts(args):
-    """(kind, seed, lengths) of each run of the parts asked for. Runs of one seed stand side by side, so that what is
-    there is balanced wherever a sweep stops."""
+def asked_by_parts(args):
+    """(kind, seed, lengths) of each run of the parts asked for. Runs of one seed stand side by
+    side, so that what is there is balanced wherever a sweep stops."""
     for number in args.part:
         part = sweeps.PARTS[number]
         for seed in args.seeds or sorted({seed for sweep in part for seed in sweep.seeds}):
@@ -241,8 +248,9 @@ def runs_of_parts(args):
                     yield from ((kind, seed, list(sweep.lengths)) for kind in sweep.kinds)
 
 
-def runs_of_flags(args, flags):
-    """(kind, seed, lengths) of each run that --attention, --pos and the flags for train.py make, in the same order."""
+def asked_by_flags(args, flags):
+    """(kind, seed, lengths) of each run that --attention, --pos and the flags for train.py make, in
+    the same order."""
     preset = args.preset or train.configure({"device": flags.get("device", "auto")})[0].preset
     dataset = load_or_prepare(args.dataset or train.PRESETS[preset].get("dataset"))[0]
     variant = {name: value for name, value in flags.items() if name not in MACHINE}
@@ -281,7 +289,7 @@ def command_line(flags):
     return words
 
 
-# --- Training them. A run is finished if, and only if, it has a record ------------------------------------------------
+# --- Training them. A run is finished if, and only if, it has a record ----------------------------
 
 
 def finished(folder):
@@ -291,23 +299,25 @@ def finished(folder):
 def say_plan(jobs, workers):
     """Prints what is going to be done."""
     waiting = [folder for folder in jobs if not finished(folder)]
-    kinds = {json.dumps(job.kind) for job in jobs.values()}
+    there = [folder for folder in jobs if finished(folder)]
+    kinds = {runs.key(job.kind) for job in jobs.values()}
     seeds = sorted({job.seed for job in jobs.values()})
-    between = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    with_seeds = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
     print(
-        f"{len(jobs)} runs: {len(kinds)} kinds, {between}. {len(jobs) - len(waiting)} of them are finished; "
-        f"{len(waiting)} are to be trained, {workers} at a time.",
+        f"{len(jobs)} runs: {len(kinds)} kinds, {with_seeds}. Finished: {len(there)}. To train: "
+        f"{len(waiting)}, {workers} at a time.",
         flush=True,
     )
-    if waiting and len(waiting) < len(jobs):
-        times = [read(folder)["seconds"] for folder in jobs if finished(folder)]
-        seconds = statistics.mean(times) * len(waiting) / workers
-        print(f"As the finished ones took, that is about {format_time(seconds)}.", flush=True)
+    if waiting and there:
+        mean = statistics.mean(read(folder)["seconds"] for folder in there)
+        seconds = mean * len(waiting) / workers
+        print(f"If they take as long as those, they take {format_time(seconds)}.", flush=True)
 
 
 def train_missing(jobs, workers, threads):
-    """Trains the runs that are not finished, some at a time, and returns a sentence for each that failed. However this
-    function is left, the processes have been asked to save their runs, and have stopped."""
+    """Trains the runs that are not finished, some at a time, and returns a sentence for each that
+    failed. However this function is left, the processes have been asked to save their runs, and
+    have stopped."""
     waiting = [folder for folder in jobs if not finished(folder)]
     total, began = len(waiting), time.monotonic()
     live, failed = {}, []
@@ -339,7 +349,8 @@ def train_missing(jobs, workers, threads):
 
 
 def start(folder, command, threads):
-    """Starts a run, or goes on with it, in a process of its own; a terminal's Ctrl-C does not reach it."""
+    """Starts a run, or goes on with it, in a process of its own; a terminal's Ctrl-C does not reach
+    it."""
     resume = ["--resume"] if (folder / "last.pt").exists() else []
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     try:
@@ -355,12 +366,14 @@ def start(folder, command, threads):
             )
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be used ({describe_error(error)}); mend that, and the same command goes on"
+            f"{folder} cannot be used ({describe_error(error)}); mend that, and the same command "
+            "goes on"
         ) from None
 
 
 def outcome(folder, job, status):
-    """What to say of a run whose process has ended with that exit status, and whether the run is finished now."""
+    """What to say of a run whose process has ended with that exit status, and whether the run is
+    finished now."""
     try:
         return f"{folder.name}: validation loss {record(folder, job)['final_val_loss']:.4f}", True
     except UserError as error:
@@ -370,12 +383,12 @@ def outcome(folder, job, status):
         return f"{folder.name} failed: {reason}", False
 
 
-# --- Records ----------------------------------------------------------------------------------------------------------
+# --- Records --------------------------------------------------------------------------------------
 
 
 def record(folder, job):
-    """Writes and returns what a report needs of a run. Raises UserError where training has not come to its end, or
-    where the folder holds another run."""
+    """Writes and returns what a report needs of a run. Raises UserError where training has not come
+    to its end, or where the folder holds another run."""
     model, checkpoint = GPT.load(folder / "last.pt")
     config = {**checkpoint["train_config"], **asdict(model.config.resolve())}
     for name, value in job.kind.items():
@@ -428,8 +441,8 @@ def first_fifth(steps):
 
 
 def evaluate_lengths(folder, times, device):
-    """Adds to a run's record its losses in windows of so many times the context: those that are not there yet, and
-    that the data is long enough for. Learned positions end with the context."""
+    """Adds to a run's record its losses in windows of so many times the context: those that are not
+    there yet, and that the data is long enough for. Learned positions end with the context."""
     found = read(folder)
     losses, size = found["val_loss_by_length"], found["config"]["block_size"]
     wanted = [n * size for n in times if str(n * size) not in losses]
@@ -453,7 +466,7 @@ def evaluate_lengths(folder, times, device):
             write_json(folder / "record.json", found)
 
 
-# --- What is stored, and what is reported -----------------------------------------------------------------------------
+# --- What is stored, and what is reported ---------------------------------------------------------
 
 
 def read(folder):
@@ -470,7 +483,8 @@ def stored_runs(path):
 
 
 def first_runs():
-    """The runs that were stored before flags were recorded as data: their kinds are put together from them."""
+    """The runs that were stored before flags were recorded as data: their kinds are put together
+    from them."""
     return [with_kind(record) for record in stored_runs(ASSETS / "results_first.json")]
 
 
@@ -495,36 +509,37 @@ def write_json(path, value):
 
 def report_sweep(jobs, args):
     """Compares the finished runs of --out, of the settings that were asked for."""
-    settings = [report.setting(job.kind) for job in jobs.values()]
+    settings = [runs.setting(job.kind) for job in jobs.values()]
     records = finished_runs(args.out)
-    records = [record for record in records if report.setting(record["kind"]) in settings]
-    if not records:
+    found = runs.Runs(record for record in records if runs.setting(record["kind"]) in settings)
+    if not found.records():
         return
-    runs = report.Runs(records)
-    text = report.sweep_report(runs, args.baseline)
-    written = [write_text(args.out / "comparison.md", text), *figures.draw_sweep(runs, args.out)]
-    print(f"\n{text}\nwritten: {', '.join(map(str, written))}")
+    text = report.sweep_report(found, args.baseline)
+    path = write_text(args.out / "comparison.md", text)
+    drawn = figures.draw_sweep(found, args.out)
+    print(f"\n{text}\nwritten: {', '.join(map(str, [path, *drawn]))}")
 
 
 def report_results(args):
-    """Makes results.md and its figures of the stored runs and those of --out; with --assets, stores these, too."""
+    """Makes results.md and its figures of the stored runs and those of --out; with --assets, stores
+    these, too."""
     folder, command = args.out, "python tests/compare.py --report"
     if args.assets:
         folder, command = ASSETS, f"{command} --assets"
     folder.mkdir(parents=True, exist_ok=True)
-    runs = report.Runs(stored_runs(ASSETS / "results.json") + finished_runs(args.out))
-    first = report.Runs(first_runs())
-    drawn = figures.draw_results(report.planned(runs), first, folder)
+    found = runs.Runs(stored_runs(ASSETS / "results.json") + finished_runs(args.out))
+    first = runs.Runs(first_runs())
+    drawn = figures.draw_results(report.planned(found), first, folder)
     names = [path.name for path in drawn]
-    text = report.results(runs, first, sweeps.read_speeds(), names, command)
+    text = report.results(found, first, sweeps.read_speeds(), names, command)
     written = [write_text(folder / "results.md", text), *drawn]
-    if args.assets and runs.records():
-        lines = ",\n".join(map(json.dumps, runs.records()))
+    if args.assets and found.records():
+        lines = ",\n".join(map(json.dumps, found.records()))
         written.append(write_text(ASSETS / "results.json", f"[\n{lines}\n]\n"))
     print(f"written: {', '.join(map(str, written))}")
 
 
-# --- The program ------------------------------------------------------------------------------------------------------
+# --- The program ----------------------------------------------------------------------------------
 
 
 def sweep(jobs, args, flags):

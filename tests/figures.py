@@ -1,14 +1,15 @@
 """The figures of what finished runs show, each to be read in ten seconds at the width of a page.
 
-Colours are those of Okabe and Ito, which colour-blind people tell apart; markers say the same in print. Every error bar
-or band is the 95 % interval of a mean over seeds.
+Colours are those of Okabe and Ito, which colour-blind people tell apart; markers say the same in
+print. Every error bar or band is the 95 % interval of a mean over seeds.
 """
 
 import numpy as np
 import sweeps
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
-from report import attention_of, final_loss, label, like_qkv, loss_in_windows, place, setting
+from report import like_qkv
+from runs import attention_of, final_loss, key, label, loss_in_windows, place, setting
 from stats import interval
 from sweeps import QKV, QKV_ROTATED, QV, QV_KA, kinds_of
 
@@ -70,11 +71,12 @@ def save(figure, path):
     return path
 
 
-# --- Losses by positions ----------------------------------------------------------------------------------------------
+# --- Losses by positions --------------------------------------------------------------------------
 
 
 def draw_positions(groups, path):
-    """The losses of each attention, for each kind of positions. `groups` are (name of the positions, kind, losses)."""
+    """The losses of each attention, for each kind of positions. `groups` are (name of the
+    positions, kind, losses)."""
     figure, axes = new_figure(4)
     positions = list(dict.fromkeys(pos for pos, *_ in groups))
     for number, pos in enumerate(positions):
@@ -89,7 +91,7 @@ def draw_positions(groups, path):
     return save(figure, path)
 
 
-# --- Losses and memory ------------------------------------------------------------------------------------------------
+# --- Losses and memory ----------------------------------------------------------------------------
 
 
 def draw_frontier(runs, kinds, path):
@@ -115,7 +117,8 @@ def in_lines(name):
 
 
 def place_names(figure, axes, points):
-    """Writes a name beside each point (x, mean, half of the interval, name): where it covers nothing else, if it can."""
+    """Writes a name beside each point (x, mean, half of the interval, name): where it covers
+    nothing else, if it can."""
     axes.autoscale(False)
     figure.draw_without_rendering()
     inside = axes.get_window_extent()
@@ -150,7 +153,7 @@ PLACES = [(side, height) for height in HEIGHTS for side in (1, -1)]
 ALIGNED = {1: "left", -1: "right"}
 
 
-# --- Losses in longer windows -----------------------------------------------------------------------------------------
+# --- Losses in longer windows ---------------------------------------------------------------------
 
 
 def draw_lengths(runs, kinds, path):
@@ -172,7 +175,7 @@ def draw_lengths(runs, kinds, path):
     return save(figure, path)
 
 
-# --- Early in training ------------------------------------------------------------------------------------------------
+# --- Early in training ----------------------------------------------------------------------------
 
 
 def first_fifth_of_curve(run):
@@ -194,7 +197,7 @@ def draw_early(runs, kinds, path):
     return save(figure, path)
 
 
-# --- All of them ------------------------------------------------------------------------------------------------------
+# --- All of them ----------------------------------------------------------------------------------
 
 
 def draw_results(runs, first, folder):
@@ -230,10 +233,11 @@ def draw_results(runs, first, folder):
 
 
 def draw_sweep(runs, folder):
-    """Draws the losses of any runs of one setting, and those in longer windows; returns the paths of what was drawn."""
+    """Draws the losses of any runs of one setting, and those in longer windows; returns the paths
+    of what was drawn."""
     drawn = []
     found = runs.kinds()
-    if len({str(setting(kind)) for kind in found}) > 1:
+    if len({key(setting(kind)) for kind in found}) > 1:
         return drawn
     groups = [(kind["pos"], kind, runs.sums([(1, kind)], final_loss)) for kind in found]
     drawn.append(draw_positions(groups, folder / "positions.png"))

@@ -1,19 +1,27 @@
-"""What finished runs show, as Markdown: one table of all attentions, fifteen claims, and many differences.
+"""What finished runs show, as Markdown: one table of all attentions, fifteen claims, and many
+differences.
 
-compare.py makes the records that this file reads. A record is a dict. Its `kind` is all that makes the run but its seed:
-preset, data set, attention, positions, and the flags that were given. Runs of one seed saw the same batches, so kinds are
-compared seed by seed: such differences vary less than the losses do.
-
-What is claimed was fixed before the runs of tests/sweeps.py were computed, and is tested once, on the runs of its first
-part. All else is exploratory: differences with intervals, and no verdicts.
+What is claimed was fixed before the runs of tests/sweeps.py were computed, and is tested once, on
+the runs of its first part. All else is exploratory: differences with intervals, and no verdicts.
 """
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import numpy as np
 import sweeps
+from runs import (
+    Runs,
+    attention_of,
+    best_loss,
+    early_loss,
+    final_loss,
+    key,
+    label,
+    loss_in_windows,
+    mean_loss_of_first,
+    setting,
+)
 from stats import holm, interval, p_value
 from sweeps import (
     DIAGONAL,
@@ -35,124 +43,9 @@ from sweeps import (
     kind_of,
 )
 
-from model import ATTENTIONS, POSITIONS, GPTConfig
 from prepare import UserError
 
-# --- Kinds of runs ----------------------------------------------------------------------------------------------------
-
-# {a flag of the model: {another: the values that it needs}}. Such flags, and n_inner, which can make an attention as
-# large as qkv, make a variant of an attention. All others make a setting, within which attentions are compared.
-ONLY = {field.name: field.metadata["only"] for field in fields(GPTConfig)}
-VARIANT = {*(name for name, needs in ONLY.items() if needs), "n_inner"}
-
-# What attentions, and the flags of their variants, are called in tables and figures.
-NAMES = {"qkv": "QKV", "gqa": "GQA", "mla": "MLA", "qv": "QV", "qv_ka": "QV-Ka"}
-WORDS = {
-    "n_kv_head": "{} values",
-    "d_ctx": "context {}",
-    "d_latent": "latent {}",
-    "wk": "{} W_K",
-    "rope_values": "rotated",
-    "n_inner": "MLP {}",
-}
-
-
-def setting(kind):
-    """What must be equal where attentions are compared; positions are not among it."""
-    apart = VARIANT | {"attention", "pos"}
-    return {name: value for name, value in kind.items() if name not in apart}
-
-
-def attention_of(kind):
-    """A kind's attention and the flags of its variant."""
-    return {name: kind[name] for name in kind if name == "attention" or name in VARIANT}
-
-
-def label(kind):
-    """An attention and its variant in words, such as MQA, or QV, 1 value."""
-    name = NAMES.get(kind["attention"], kind["attention"])
-    flags = {flag: kind[flag] for flag in [*WORDS, *sorted(VARIANT - WORDS.keys())] if flag in kind}
-    if name == "GQA" and flags.get("n_kv_head") == 1:
-        name = "MQA"
-        del flags["n_kv_head"]
-    words = [WORDS.get(flag, f"{flag}={{}}").format(value) for flag, value in flags.items()]
-    return ", ".join([name, *words]).replace("1 values", "1 value")
-
-
-def key(kind):
-    return frozenset(kind.items())
-
-
-def place(kind):
-    """Where a kind stands in tables: positions and attentions in model.py's order, one's own ones last."""
-    positions = [*POSITIONS, kind["pos"]]
-    attentions = [*ATTENTIONS, kind["attention"]]
-    return positions.index(kind["pos"]), attentions.index(kind["attention"]), label(kind)
-
-
-class Runs:
-    """Finished runs, by their kinds and seeds. Of several records of one run the last counts."""
-
-    def __init__(self, records):
-        self.of = {}
-        for record in records:
-            self.of.setdefault(key(record["kind"]), {})[record["seed"]] = record
-
-    def records(self):
-        """All of them, sorted."""
-        return [
-            self.of[key(kind)][seed] for kind in self.kinds() for seed in sorted(self.of[key(kind)])
-        ]
-
-    def kinds(self):
-        """The kinds that there are, in the order of tables."""
-        return sorted((dict(kind) for kind in self.of), key=place)
-
-    def values(self, kind, measure, seeds=None):
-        """{seed: what is measured of its run}, of these seeds, or of all, as far as it was measured."""
-        runs = self.of.get(key(kind), {})
-        found = {seed: measure(run) for seed, run in runs.items() if seeds is None or seed in seeds}
-        return {seed: number for seed, number in found.items() if number is not None}
-
-    def sums(self, terms, measure, seeds=None):
-        """The weighted sum of terms, (weight, kind), for each seed that all of them have."""
-        parts = [(weight, self.values(kind, measure, seeds)) for weight, kind in terms]
-        shared = set.intersection(*(set(values) for _, values in parts))
-        return [sum(weight * values[seed] for weight, values in parts) for seed in sorted(shared)]
-
-    def fact(self, kind, name):
-        """What is the same in all runs of a kind, such as its number of weights; None without a run."""
-        return next((run[name] for run in self.of.get(key(kind), {}).values()), None)
-
-
-def final_loss(run):
-    return run["final_val_loss"]
-
-
-def best_loss(run):
-    """The lowest loss of all evaluations of the whole split."""
-    return run["best_val_loss"]
-
-
-def early_loss(run):
-    """The mean training loss of the first fifth of the steps."""
-    return run["early_loss"]
-
-
-def loss_in_windows(length):
-    """The measure of the loss in windows of so many tokens."""
-    return lambda run: run["val_loss_by_length"].get(str(length))
-
-
-def mean_loss_of_first(steps, run):
-    """The mean training loss of a run's first steps; their number need not be whole."""
-    curve = run["curve"]
-    sums = np.append(0, np.cumsum(curve)) * run["steps"] / len(curve)
-    grid = np.linspace(0, run["steps"], len(sums))
-    return float(np.interp(steps, grid, sums)) / steps
-
-
-# --- Cells and tables -------------------------------------------------------------------------------------------------
+# --- Cells and tables -----------------------------------------------------------------------------
 
 NOTHING = "—"
 
@@ -171,7 +64,8 @@ def range_text(values):
 
 
 def difference_text(values):
-    """A difference: its mean and half of its interval's width, or, if it is not told from zero, its range."""
+    """A difference: its mean and half of its interval's width, or, if it is not told from zero, its
+    range."""
     if not values:
         return NOTHING
     mean, half = interval(values)
@@ -200,12 +94,13 @@ def table(head, rows):
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-# --- The claims, fixed before the runs --------------------------------------------------------------------------------
+# --- The claims, fixed before the runs ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Words; the terms to sum, a function of the positions; the sign that is claimed; where; and what is measured."""
+    """Words; the terms to sum, a function of the positions; the sign that is claimed; where; and
+    what is measured."""
 
     words: str
     terms: Callable
@@ -279,14 +174,15 @@ def family(runs, claims=CLAIMS):
     return f"{words}\n\n{table(['claim', *ALL_FOUR], rows)}"
 
 
-# --- The first table --------------------------------------------------------------------------------------------------
+# --- The first table ------------------------------------------------------------------------------
 
 CAPTION = """\
-**Numbers remembered** are for one token in one layer. The next four columns are **losses** by positions. From *1,800
-steps* to *equal time* they are under rope+agf: of runs three times as long, in windows of 8 times the context, and after
-the time that 600 steps of QKV take. A loss is a mean over seeds of the validation loss at the end, in nats per character.
-Half of its 95 % interval is at most {widest:.4f}; differences within a column, which are paired by seed, vary less.
-**Speeds** are relative to QKV's, under rope+agf; decoding is at 1,024 tokens, by a model of 10.7M parameters.
+**Numbers remembered** are for one token in one layer. The next four columns are **losses** by
+positions. From *1,800 steps* to *equal time* they are under rope+agf: of runs three times as long,
+in windows of 8 times the context, and after the time that 600 steps of QKV take. A loss is a mean
+over seeds of the validation loss at the end, in nats per character. Half of its 95 % interval is at
+most {widest:.4f}; differences within a column, which are paired by seed, vary less. **Speeds** are
+relative to QKV's, under rope+agf; decoding is at 1,024 tokens, by a model of 10.7M parameters.
 """
 
 
@@ -330,7 +226,8 @@ def first_table(runs, speeds):
 
 
 def speed(rows, attention):
-    """How fast an attention is beside QKV, of the rows that tests/speeds.py has measured; None where it has not."""
+    """How fast an attention is beside QKV, of the rows that tests/speeds.py has measured; None
+    where it has not."""
     return next((row["speed"] for row in rows if row["attention"] == attention), None)
 
 
@@ -339,7 +236,7 @@ def speed_text(rows, attention):
     return NOTHING if found is None else f"{found:.2f}"
 
 
-# --- Differences, without verdicts ------------------------------------------------------------------------------------
+# --- Differences, without verdicts ----------------------------------------------------------------
 
 
 def like_qkv(kind):
@@ -354,8 +251,8 @@ def all_there_are(kind):
 
 
 def comparison(runs, kinds, baseline, wanted=all_there_are, measure=final_loss):
-    """A table for each setting: each kind, and how it differs from its baseline. `baseline` is a function of a kind, to
-    another; `wanted` one to the seeds that there should be."""
+    """A table for each setting: each kind, and how it differs from its baseline. `baseline` is a
+    function of a kind, to another; `wanted` one to the seeds that there should be."""
     head = ["positions", "attention", "seeds", "numbers remembered", "weights in attention"]
     head += [
         "loss",
@@ -429,12 +326,13 @@ def windows(runs, kinds, wanted=all_there_are):
     return table(head, rows) if rows else ""
 
 
-# --- The reports ------------------------------------------------------------------------------------------------------
+# --- The reports ----------------------------------------------------------------------------------
 
 
 def choose_baseline(kinds, name=None):
-    """A function from one of these kinds to that which it is compared with: of its setting and positions, the
-    attention of that name or label; without a name qkv, or the first. Raises UserError for a name that none has."""
+    """A function from one of these kinds to that which it is compared with: of its setting and
+    positions, the attention of that name or label; without a name qkv, or the first. Raises
+    UserError for a name that none has."""
 
     def is_named(kind):
         if len(attention_of(kind)) == 1 and kind["attention"] == (name or "qkv"):
@@ -498,7 +396,8 @@ SECTIONS = [
     ),
     Section(
         "A diagonal W_K, and a narrower context",
-        "QV-Ka makes its key by a matrix for each head, or by complex numbers that multiply what is remembered.",
+        "QV-Ka makes its key by a matrix for each head, or by complex numbers that multiply what "
+        "is remembered.",
         pairs=[
             *pairs("agf", (DIAGONAL, QV_KA)),
             *pairs("rope", (DIAGONAL, QV_KA)),
@@ -560,8 +459,8 @@ def equal_time_text(runs, speeds):
     return "\n\n".join(
         [
             "### At equal time",
-            "An attention has 600 steps times its training speed in the first table: as many as take the time of 600 "
-            "steps of QKV.",
+            "An attention has 600 steps times its training speed in the first table: as many as "
+            "take the time of 600 steps of QKV.",
             differences(runs, pairs_of_losses),
             "The mean training loss of the time that the first fifth of QKV's steps takes:",
             differences(runs, pairs_of_early, early_loss_in_time),
@@ -578,36 +477,43 @@ def windows_text(runs):
 MEANING = """\
 # What the runs show
 
-Made by `{command}` from the runs in results.json, those in results_first.json, and the speeds in speeds.json.
+Made by `{command}` from the runs in results.json, those in results_first.json, and the speeds in
+speeds.json.
 
 - A **loss** is that of the trained model over the whole validation split, in nats per token.
-- A **difference** is a mean over seeds; runs of one seed saw the same batches, and are subtracted first.
-- **±** is half of the 95 % interval of such a mean (Student's t). A difference that is not told from zero is given as
-  that interval.
-- **Rotated**: under rope and rope+agf QV and QV-Ka rotate what they remember, and so their values. With `--rope_values`
-  QKV and GQA do the same, and are then called rotated. **MQA** is GQA with one key and one value for all heads.
-- Each part says of how many seeds it is; 14 of 20 means that runs are missing. {number} runs are there.
+- A **difference** is a mean over seeds; runs of one seed saw the same batches, and are subtracted
+  first.
+- **±** is half of the 95 % interval of such a mean (Student's t). A difference that is not told
+  from zero is given as that interval.
+- **Rotated**: under rope and rope+agf QV and QV-Ka rotate what they remember, and so their values.
+  With `--rope_values` QKV and GQA do the same, and are then called rotated. **MQA** is GQA with one
+  key and one value for all heads.
+- Each part says of how many seeds it is; 14 of 20 means that runs are missing. {number} runs are
+  there.
 """
 
 FAMILY = """\
 ## Fifteen claims
 
-Fixed before their runs were computed, on seeds that nobody had seen. A claim is **shown**, or **the opposite is shown**,
-if its difference is told from zero at a level of 5 % for all fifteen together (Student's t test, Holm's correction).
-Intervals are of each difference alone. Under rope and rope+agf QKV is QKV, rotated.
+Fixed before their runs were computed, on seeds that nobody had seen. A claim is **shown**, or **the
+opposite is shown**, if its difference is told from zero at a level of 5 % for all fifteen together
+(Student's t test, Holm's correction). Intervals are of each difference alone. Under rope and
+rope+agf QKV is QKV, rotated.
 """
 
 EXPLORATORY = """\
 ## Exploratory: differences without verdicts
 
-Nothing here was claimed before. Where nothing differs, one interval in twenty leaves out zero by chance.
+Nothing here was claimed before. Where nothing differs, one interval in twenty leaves out zero by
+chance.
 """
 
 FIRST = """\
 ## What was seen first
 
-These runs were there before the claims were fixed, and led to them. They decide nothing. Their QKV does not rotate its
-values. Their losses are the lowest of each run's evaluations, which flatters long runs.
+These runs were there before the claims were fixed, and led to them. They decide nothing. Their QKV
+does not rotate its values. Their losses are the lowest of each run's evaluations, which flatters
+long runs.
 """
 
 

@@ -1,11 +1,12 @@
-"""Measures how fast the attentions of results.md train and decode beside QKV, and stores it in assets/speeds.json.
+"""Measures how fast the attentions of results.md train and decode beside QKV, and stores it in
+assets/speeds.json.
 
     python tests/speeds.py                    some minutes, on an idle machine
 
-Each model makes one step, or one token, in turn, again and again, so that all of them meet the same state of the machine.
-A speed is the median over turns of QKV's time by the model's. Training is that of the runs in tests/sweeps.py, decoding
-is by GPTConfig's 10.7M model, untrained, after 1,024 tokens; both under rope+agf. That model's heads are twice as wide,
-and so are contexts and latents.
+Each model makes one step, or one token, in turn, again and again, so that all of them meet the same
+state of the machine. A speed is the median over turns of QKV's time by the model's. Training is
+that of the runs in tests/sweeps.py, decoding is by GPTConfig's 10.7M model, untrained, after 1,024
+tokens; both under rope+agf. That model's heads are twice as wide, and so are contexts and latents.
 """
 
 import json
@@ -48,8 +49,8 @@ def parse(argv):
 
 
 def in_turns(turns, works, words):
-    """Calls each of the functions once a turn, and returns the seconds of all calls (turns, functions). A first turn,
-    in which they warm up, does not count."""
+    """Calls each of the functions once a turn, and returns the seconds of all calls (turns,
+    functions). A first turn, in which they warm up, does not count."""
     seconds = np.empty((turns + 1, len(works)))
     progress = Progress(turns + 1)
     for turn in range(turns + 1):

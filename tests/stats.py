@@ -1,4 +1,5 @@
-"""Statistics over seeds: how far a mean of few runs can be trusted. By numpy alone; tests hold it against tables."""
+"""Statistics over seeds: how far a mean of few runs can be trusted. By numpy alone; tests hold it
+against tables."""
 
 import functools
 import math
@@ -8,8 +9,9 @@ import numpy as np
 
 @functools.cache
 def student(n):
-    """Student's t for n values, as two arrays: sizes of t, and the chance that a larger one, of either sign, comes up
-    where there is no difference. With t = sqrt(n - 1) tan(x), the density of x is proportional to cos(x)^(n - 2)."""
+    """Student's t for n values, as two arrays: sizes of t, and the chance that a larger one, of
+    either sign, comes up where there is no difference. With t = sqrt(n - 1) tan(x), the density of
+    x is proportional to cos(x)^(n - 2)."""
     pieces = 100_000
     x = (np.arange(pieces) + 0.5) * (math.pi / 2 / pieces)
     density = np.cos(x) ** (n - 2)
@@ -18,7 +20,8 @@ def student(n):
 
 
 def interval(values):
-    """The mean of numbers or arrays, one for each seed, and half the width of its 95 % interval; nan for one seed."""
+    """The mean of numbers or arrays, one for each seed, and half the width of its 95 % interval;
+    nan for one seed."""
     n = len(values)
     mean = np.mean(values, axis=0)
     if n == 1:
@@ -38,7 +41,8 @@ def p_value(values):
 
 
 def holm(p_values):
-    """Holm's correction for many tests: each p value, times the number of those that are not smaller."""
+    """Holm's correction for many tests: each p value, times the number of those that are not
+    smaller."""
     order = np.argsort(p_values)
     times = np.arange(len(p_values), 0, -1)
     corrected = np.empty(len(p_values))

@@ -1,8 +1,9 @@
 """The runs that assets/results.md is made of: seven parts, in the order in which they are computed.
 
-`python tests/compare.py --part=1` trains the runs of a part that are not there yet. A part is a list of sweeps, and a
-sweep trains each of its kinds with each of its seeds. A kind is all that makes a run but its seed: a dict of train.py's
-flags, as they are given. Nobody had seen a run of these seeds when the claims of report.py were chosen.
+`python tests/compare.py --part=1` trains the runs of a part that are not there yet. A part is a
+list of sweeps, and a sweep trains each of its kinds with each of its seeds. A kind is all that
+makes a run but its seed: a dict of train.py's flags, as they are given. Nobody had seen a run of
+these seeds when the claims of report.py were chosen.
 """
 
 import json
@@ -18,7 +19,8 @@ SPEEDS = Path(__file__).resolve().parents[1] / "assets" / "speeds.json"
 
 @dataclass(frozen=True)
 class Sweep:
-    """Kinds of runs, the seeds of each, and in windows of how many times the context they are evaluated, too."""
+    """Kinds of runs, the seeds of each, and in windows of how many times the context they are
+    evaluated, too."""
 
     kinds: list
     seeds: range
@@ -120,15 +122,16 @@ LARGER = kinds_of("rope+agf", QKV_ROTATED, QV, QV_KA, DIAGONAL, MQA_ROTATED, **L
 
 
 def read_speeds():
-    """{"training": rows, "decoding": rows}, each row with an attention and its speed beside QKV's."""
+    """{"training": rows, "decoding": rows}, each row with an attention and its speed beside
+    QKV's."""
     if not SPEEDS.exists():
         return {"training": [], "decoding": []}
     return json.loads(SPEEDS.read_text("utf-8"))
 
 
 def equal_time():
-    """The attentions of the first table under rope+agf, each with as many steps as take the time of QKV's 600: one for
-    each training speed that was measured."""
+    """The attentions of the first table under rope+agf, each with as many steps as take the time of
+    QKV's 600: one for each training speed that was measured."""
     rows = read_speeds()["training"]
     others = [row for row in rows if row["attention"] != QKV]
     return [
@@ -149,7 +152,8 @@ PARTS = {
 
 
 def seeds_of(kind, windows=False):
-    """The seeds that the parts train this kind with, or, with windows, evaluate it in longer windows with."""
+    """The seeds that the parts train this kind with, or, with windows, evaluate it in longer
+    windows with."""
     found = set()
     for part in PARTS.values():
         for sweep in part:

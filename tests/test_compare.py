@@ -1,4 +1,5 @@
-"""tests/compare.py: which runs it plans, how it trains, stops, resumes and records them, and what it refuses."""
+"""tests/compare.py: which runs it plans, how it trains, stops, resumes and records them, and what
+it refuses."""
 
 import json
 import os
@@ -58,12 +59,13 @@ def interrupt_when(exists, number):
     threading.Thread(target=wait).start()
 
 
-# A sweep of two real runs, stopped and gone on with -------------------------------------------------------------------
+# A sweep of two real runs, stopped and gone on with -----------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def swept(trained, tmp_path_factory):
-    """A folder in which a sweep was stopped by Ctrl-C as soon as a run had been validated, and then finished."""
+    """A folder in which a sweep was stopped by Ctrl-C as soon as a run had been validated, and then
+    finished."""
     folder = tmp_path_factory.mktemp("sweep")
     shutil.copytree(trained, folder, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -138,7 +140,7 @@ def test_a_finished_sweep_is_reported_and_not_trained_again(sweep, capsys, monke
     monkeypatch.setattr(compare, "TRAIN", "no such program")
     assert call("compare", *SWEEP, "--lengths=1,2") is None
     out = capsys.readouterr().out
-    assert out.startswith("2 runs: 2 kinds, seed 7. 2 of them are finished; 0 are to be trained")
+    assert out.startswith("2 runs: 2 kinds, seed 7. Finished: 2. To train: 0, ")
     text = Path("out/compare/comparison.md").read_text("utf-8")
     assert text in out
     qkv, qv = record("qkv")["final_val_loss"], record("qv")["final_val_loss"]
@@ -186,7 +188,7 @@ def test_a_run_that_was_trained_on_is_not_evaluated_in_longer_windows(sweep, tmp
         compare.evaluate_lengths(tmp_path / "run", [3], torch.device("cpu"))
 
 
-# What it asks of train.py ---------------------------------------------------------------------------------------------
+# What it asks of train.py -------------------------------------------------------------------------
 
 # It stands for train.py: copies a finished run, but fails for qv, and for mla waits.
 FAKE = """
@@ -267,7 +269,7 @@ def test_sigterm_stops_what_runs_and_starts_nothing(calls):
     assert len(calls()) == 1
 
 
-# Which runs it plans --------------------------------------------------------------------------------------------------
+# Which runs it plans ------------------------------------------------------------------------------
 
 
 def plan(*flags):
@@ -341,7 +343,7 @@ def test_parts_are_computed_in_their_order_and_seed_by_seed(folder, monkeypatch)
     assert {kind.get("max_steps") for kind, _ in found[280:]} == {1800}
 
 
-# What is stored -------------------------------------------------------------------------------------------------------
+# What is stored -----------------------------------------------------------------------------------
 
 
 def test_runs_are_stored_in_assets_only_on_request(sweep, tmp_path, monkeypatch):
@@ -390,7 +392,7 @@ def test_the_stored_report_is_what_the_stored_runs_say(tmp_path, monkeypatch):
     assert made == stored, "run python tests/compare.py --report --assets"
 
 
-# Misuse ---------------------------------------------------------------------------------------------------------------
+# Misuse -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

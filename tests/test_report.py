@@ -1,4 +1,5 @@
-"""tests/report.py, stats.py and figures.py: known numbers, whose answers are computed by hand or from printed tables."""
+"""tests/report.py, runs.py, stats.py and figures.py: known numbers, whose answers are computed by
+hand or from printed tables."""
 
 import json
 
@@ -9,7 +10,7 @@ import report
 import stats
 import sweeps
 from matplotlib.figure import Figure
-from report import Runs
+from runs import NAMES, Runs, final_loss, label, loss_in_windows, mean_loss_of_first
 from sweeps import GQA, MQA_ROTATED, QKV, QKV_ROTATED, QV, QV_1, QV_KA, kind_of
 
 import prepare
@@ -44,7 +45,7 @@ def several(kind, losses, seeds=range(1, 100), **other):
     return [run(kind, seed, loss, **other) for seed, loss in zip(seeds, losses)]
 
 
-# Statistics -----------------------------------------------------------------------------------------------------------
+# Statistics ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_holm_takes_the_smallest_of_m_times_m_and_the_next_times_m_minus_1():
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-# Names ----------------------------------------------------------------------------------------------------------------
+# Names --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -99,19 +100,19 @@ def test_holm_takes_the_smallest_of_m_times_m_and_the_next_times_m_minus_1():
     ids=str,
 )
 def test_attentions_are_named_in_words(attention, words):
-    assert report.label(kind_of("rope", attention, max_steps=9)) == words
+    assert label(kind_of("rope", attention, max_steps=9)) == words
 
 
-# The fifteen claims ---------------------------------------------------------------------------------------------------
+# The fifteen claims -------------------------------------------------------------------------------
 
 
 def part_1(effects, seeds=range(2001, 2021)):
-    """Runs of part 1 whose losses are 2, more what an attention's label and positions have in `effects`, more a seed's
-    noise, which differences do not have; and a little of their own."""
+    """Runs of part 1 whose losses are 2, more what an attention's label and positions have in
+    `effects`, more a seed's noise, which differences do not have; and a little of their own."""
     own = np.random.default_rng(1)
     records = []
     for kind in sweeps.FAMILY:
-        effect = effects.get((report.label(kind), kind["pos"]), 0.0)
+        effect = effects.get((label(kind), kind["pos"]), 0.0)
         for seed in seeds:
             loss = 2 + effect + NOISE[seed] + own.normal(0, 1e-6)
             records.append(run(kind, seed, loss, early=loss + 1))
@@ -134,7 +135,8 @@ def test_the_family_has_fifteen_verdicts_on_part_1_and_no_other():
 
 
 def test_claims_are_what_they_say():
-    """QV loses 0.08 with sinusoidal positions, 0.03 with agf, gains 0.02 under rope; QV-Ka is in the middle or beyond."""
+    """QV loses 0.08 with sinusoidal positions, 0.03 with agf, gains 0.02 under rope; QV-Ka is in
+    the middle or beyond."""
     effects = {
         ("QV", "sinusoidal"): 0.08,
         ("QV-Ka", "sinusoidal"): 0.05,
@@ -241,16 +243,14 @@ def test_a_claim_about_runs_that_part_1_does_not_have_is_refused():
         report.family(part_1({}), claims=[claim])
 
 
-# Differences without verdicts -----------------------------------------------------------------------------------------
+# Differences without verdicts ---------------------------------------------------------------------
 
 
 def test_a_difference_is_paired_by_seed():
     """A seed that one of the two lacks is not compared."""
     qkv = several(kind_of("agf", QKV), [1.0, 5.0, 9.0])
     qv = several(kind_of("agf", QV), [1.5, 5.5, 9.5, 99.0])
-    found = Runs(qkv + qv).sums(
-        [(1, kind_of("agf", QV)), (-1, kind_of("agf", QKV))], report.final_loss
-    )
+    found = Runs(qkv + qv).sums([(1, kind_of("agf", QV)), (-1, kind_of("agf", QKV))], final_loss)
     assert found == pytest.approx([0.5, 0.5, 0.5])
 
 
@@ -306,11 +306,11 @@ def test_a_baseline_that_no_run_has_is_refused():
 def test_the_mean_loss_of_the_first_steps_is_read_from_the_curve():
     """60 points of 10 steps each: 10 steps of the first, then 5 of the second."""
     record = dict(steps=600, curve=[4.0, 2.5, *[0.0] * 58])
-    assert report.mean_loss_of_first(10, record) == pytest.approx(4.0)
-    assert report.mean_loss_of_first(15, record) == pytest.approx(3.5)
+    assert mean_loss_of_first(10, record) == pytest.approx(4.0)
+    assert mean_loss_of_first(15, record) == pytest.approx(3.5)
 
 
-# The whole of results.md ----------------------------------------------------------------------------------------------
+# The whole of results.md --------------------------------------------------------------------------
 
 
 def every_planned_run(seeds=range(2001, 2021)):
@@ -319,7 +319,7 @@ def every_planned_run(seeds=range(2001, 2021)):
     for part in sweeps.PARTS.values():
         for sweep in part:
             for kind in sweep.kinds:
-                loss = 1.7 + 0.001 * (sum(map(ord, report.label(kind) + kind["pos"])) % 50)
+                loss = 1.7 + 0.001 * (sum(map(ord, label(kind) + kind["pos"])) % 50)
                 lengths = {str(64 * times): loss + times for times in (1, 2, 4, 8)}
                 for seed in set(sweep.seeds) & set(seeds):
                     own = NOISE[seed] / 10
@@ -361,7 +361,7 @@ def test_the_first_table_has_each_attention_in_a_row(text):
     ]
     runs = every_planned_run()
 
-    def mean(pos, measure=report.final_loss, seeds=None, **more):
+    def mean(pos, measure=final_loss, seeds=None, **more):
         kind = kind_of(pos, QV, **more)
         return f"{np.mean(runs.sums([(1, kind)], measure, seeds)):.4f}"
 
@@ -374,7 +374,7 @@ def test_the_first_table_has_each_attention_in_a_row(text):
         "rope": mean("rope"),
         "rope+agf": mean("rope+agf"),
         "1,800 steps": mean("rope+agf", max_steps=1800),
-        "8 times the context": mean("rope+agf", report.loss_in_windows(512), range(2001, 2011)),
+        "8 times the context": mean("rope+agf", loss_in_windows(512), range(2001, 2011)),
         "equal time": "—",
         "weights in attention": "1,000",
         "training speed": "1.10",
@@ -411,7 +411,7 @@ def test_every_planned_kind_is_somewhere_in_the_results(text):
     everything |= {(row[2], name) for row in rows(text) if len(row) == 6 for name in row[:2]}
     everything |= {(pos, row[0]) for row in rows(text) if len(row) == 12 for pos in report.ALL_FOUR}
     planned = [kind for part in sweeps.PARTS.values() for sweep in part for kind in sweep.kinds]
-    missing = {(kind["pos"], report.label(kind)) for kind in planned} - everything
+    missing = {(kind["pos"], label(kind)) for kind in planned} - everything
     assert not missing
 
 
@@ -443,7 +443,7 @@ def test_equal_time_takes_as_many_steps_as_the_speed_allows(tmp_path, monkeypatc
     assert sweeps.equal_time() == [kind_of("rope+agf", QV, max_steps=660)]
 
 
-# Figures: what they draw, read from them ------------------------------------------------------------------------------
+# Figures: what they draw, read from them ----------------------------------------------------------
 
 
 @pytest.fixture
@@ -472,7 +472,7 @@ def bars(panel):
     return found
 
 
-def expected(kind, measure=report.final_loss, seeds=None):
+def expected(kind, measure=final_loss, seeds=None):
     return stats.interval(every_planned_run().sums([(1, kind)], measure, seeds))
 
 
@@ -505,7 +505,7 @@ def test_the_names_in_the_frontier_do_not_overlap(drawn):
     (panel,) = figure.axes
     figure.draw_without_rendering()
     names = [text.get_text().replace("\n", " ") for text in panel.texts]
-    assert sorted(names) == sorted(report.label(kind) for kind in sweeps.MEMORY)
+    assert sorted(names) == sorted(label(kind) for kind in sweeps.MEMORY)
     boxes = [text.get_window_extent() for text in panel.texts]
     for number, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[number + 1 :]), names[number]
@@ -518,7 +518,7 @@ def test_longer_windows_have_a_panel_for_each_kind_of_positions(drawn):
     points = bars(both)["QV-Ka"]
     assert [x for x, *_ in points] == pytest.approx([64, 128, 256, 512], rel=0.1)
     for times, point in zip((1, 2, 4, 8), points):
-        measure = report.loss_in_windows(64 * times)
+        measure = loss_in_windows(64 * times)
         assert point[1:] == pytest.approx(expected(kind_of("rope+agf", QV_KA), measure))
 
 
@@ -528,13 +528,13 @@ def test_early_training_is_less_that_of_rotated_qkv_over_the_first_fifth(drawn):
     found = bars(panel)
     assert sorted(found) == ["QKV", "QV", "QV-Ka"]
     terms = [(1, kind_of("rope+agf", QV)), (-1, kind_of("rope+agf", QKV_ROTATED))]
-    difference = np.mean(runs.sums(terms, report.final_loss))
+    difference = np.mean(runs.sums(terms, final_loss))
     assert [x for x, *_ in found["QV"]] == pytest.approx(np.arange(5, 120, 10), abs=1)
     assert [mean for _, mean, _ in found["QV"]] == pytest.approx([difference] * 12)
 
 
 def test_colours_and_markers_tell_attentions_apart_and_faces_their_variants():
-    looks = [figures.style(kind_of("rope", dict(attention=name))) for name in report.NAMES]
+    looks = [figures.style(kind_of("rope", dict(attention=name))) for name in NAMES]
     assert len({look["color"] for look in looks}) == len({look["marker"] for look in looks}) == 5
     plain, variant = figures.style(kind_of("rope", QV)), figures.style(kind_of("rope", QV_1))
     assert plain["color"] == variant["color"] and plain["marker"] == variant["marker"]
