@@ -443,6 +443,56 @@ def test_equal_time_takes_as_many_steps_as_the_speed_allows(tmp_path, monkeypatc
     assert sweeps.equal_time() == [kind_of("rope+agf", QV, max_steps=660)]
 
 
+# README -------------------------------------------------------------------------------------------
+
+
+def tables(text):
+    """Of each table in a Markdown text its head, and its rows as {first cell: {column: cell}}."""
+    found = []
+    for block in text.split("\n\n"):
+        head, *lines = rows(block) or [[]]
+        if lines:
+            found.append((head, {line[0]: dict(zip(head, line)) for line in lines[1:]}))
+    return found
+
+
+def wrong_cells(readme, results):
+    """The cells of README's tables of losses that are not those of the same row and column in a table
+    of results.md with these columns."""
+    wrong = []
+    for head, lines in tables(readme.replace("*", "").replace("`", "")):
+        if set(head).isdisjoint(report.ALL_FOUR):
+            continue
+        candidates = [other for columns, other in tables(results) if set(head) <= set(columns)]
+        for name, line in lines.items():
+            others = [other[name] for other in candidates if name in other]
+            if not any(line.items() <= other.items() for other in others):
+                wrong.append(line)
+    return wrong
+
+
+def test_a_false_cell_in_the_readme_is_found(text):
+    (head, lines), *_ = tables(text)
+    columns = ["attention", "numbers remembered", "agf", "rope+agf"]
+    shown = [[lines[name][column] for column in columns] for name in ("QKV", "QV")]
+    true = report.table(columns, shown)
+    assert set(columns) < set(head) and wrong_cells(true, text) == []
+    assert wrong_cells(true.replace("128", "192"), text)
+    assert wrong_cells(true.replace("| QV |", "| QV-Ka |"), text)
+    assert wrong_cells(report.table(columns, [shown[0], shown[0]]).replace("QKV", "QV"), text)
+    assert wrong_cells(true.replace("| agf |", "| rope |"), text)
+
+
+def test_the_cells_of_the_readme_are_those_of_results_md():
+    root = sweeps.SPEEDS.parents[1]
+    if not (root / "assets/results.json").exists():
+        pytest.skip("no runs of the parts are stored yet")
+    readme = (root / "README.md").read_text("utf-8")
+    results = (root / "assets/results.md").read_text("utf-8")
+    assert any(not set(head).isdisjoint(report.ALL_FOUR) for head, _ in tables(readme))
+    assert wrong_cells(readme, results) == []
+
+
 # Figures: what they draw, read from them ----------------------------------------------------------
 
 
