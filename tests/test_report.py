@@ -2,6 +2,7 @@
 hand or from printed tables."""
 
 import json
+import zlib
 
 import figures
 import numpy as np
@@ -292,6 +293,21 @@ def test_kinds_are_compared_with_the_baseline_of_their_setting_and_positions():
     }
 
 
+def test_early_losses_are_compared_beside_the_final_ones():
+    records = several(kind_of("agf", QKV), [1.0, 1.0], early=3.0)
+    records += several(kind_of("agf", QV), [1.2, 1.2], early=2.5)
+    row = rows(report.sweep_report(Runs(records)))[3]
+    assert row[6:] == ["+0.2000 ± 0.0000", "-0.5000 ± 0.0000"]
+
+
+def test_a_pair_is_the_first_less_the_second_on_the_seeds_of_both():
+    qv, mqa = kind_of("rope+agf", QV), kind_of("rope+agf", MQA_ROTATED)
+    records = several(qv, [1.5, 1.5, 9.0], seeds=(2001, 2002, 2011))
+    records += several(mqa, [1.2, 1.2], seeds=(2001, 2002))
+    row = rows(report.differences(Runs(records), [(qv, mqa)]))[2]
+    assert row == ["QV", "MQA, rotated", "rope+agf", "128, 128", "2 of 10", "+0.3000 ± 0.0000"]
+
+
 def test_attentions_are_compared_without_qkv_too():
     records = several(kind_of("agf", QV), [1.0, 1.0]) + several(kind_of("agf", QV_KA), [1.2, 1.2])
     found = {row[1]: row[6] for row in rows(report.sweep_report(Runs(records)))[2:]}
@@ -319,7 +335,7 @@ def every_planned_run(seeds=range(2001, 2021)):
     for part in sweeps.PARTS.values():
         for sweep in part:
             for kind in sweep.kinds:
-                loss = 1.7 + 0.001 * (sum(map(ord, label(kind) + kind["pos"])) % 50)
+                loss = 1.7 + 0.001 * (zlib.crc32(str(kind).encode()) % 50)
                 lengths = {str(64 * times): loss + times for times in (1, 2, 4, 8)}
                 for seed in set(sweep.seeds) & set(seeds):
                     own = NOISE[seed] / 10
@@ -441,6 +457,34 @@ def test_equal_time_takes_as_many_steps_as_the_speed_allows(tmp_path, monkeypatc
     (tmp_path / "speeds.json").write_text(json.dumps(SPEEDS))
     monkeypatch.setattr(sweeps, "SPEEDS", tmp_path / "speeds.json")
     assert sweeps.equal_time() == [kind_of("rope+agf", QV, max_steps=660)]
+
+
+def test_at_equal_time_a_slower_attention_has_fewer_steps(tmp_path, monkeypatch):
+    """QV is as fast as QKV, QV-Ka takes twice the time: 600 and 300 steps, and 120 and 60 early ones."""
+    attentions = [QKV, QKV_ROTATED, MQA_ROTATED, QV, QV_KA]
+    speeds = [dict(attention=one, speed=0.5 if one == QV_KA else 1.0) for one in attentions]
+    speeds = dict(training=speeds, decoding=[])
+    (tmp_path / "speeds.json").write_text(json.dumps(speeds))
+    monkeypatch.setattr(sweeps, "SPEEDS", tmp_path / "speeds.json")
+    monkeypatch.setitem(sweeps.PARTS, 7, [sweeps.Sweep(sweeps.equal_time(), sweeps.seeds(10))])
+    records = several(kind_of("rope+agf", QV_KA, max_steps=300), [1.9, 1.9], seeds=(2001, 2002))
+    records += several(kind_of("rope+agf", QV, max_steps=600), [1.6, 1.6], seeds=(2001, 2002))
+    for attention in QKV_ROTATED, QV, QV_KA:
+        records += several(kind_of("rope+agf", attention), [1.7, 1.7], seeds=(2001, 2002))
+    for record in records:
+        record["curve"] = [4.0] * 6 + [2.0] * 54
+    found = rows(report.equal_time_text(Runs(records), speeds))
+    differences = {(row[0], row[1]): row[5] for row in found if row[1] == "QV"}
+    assert differences == {("QV-Ka", "QV"): "+1.0000 ± 0.0000"}, "of the early steps: 4 less 3"
+    assert ["QV-Ka", "QV", "rope+agf", "128, 128", "2 of 10", "+0.3000 ± 0.0000"] in found
+    table = report.first_table(Runs(records), speeds)
+    assert next(row for row in rows(table) if row[0] == "QV-Ka")[8] == "1.9000 (2 of 10 seeds)"
+
+
+def test_the_first_table_says_how_wide_its_intervals_are_at_most():
+    narrow = several(kind_of("agf", QKV), [1.0, 1.002], seeds=(2001, 2002))
+    wide = several(kind_of("agf", QV), [1.0, 1.01], seeds=(2001, 2002))
+    assert " at\nmost 0.0635;" in report.first_table(Runs(narrow + wide), SPEEDS)
 
 
 # README -------------------------------------------------------------------------------------------
