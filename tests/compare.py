@@ -230,7 +230,10 @@ def plan(args, flags):
         given = {**kind, "seed": seed}
         command = command_line({**given, **machine})
         train.configure(train.parse(command))
-        jobs[args.out / folder_name(**given)] = Job(kind, seed, command, lengths)
+        folder = args.out / folder_name(**given)
+        if folder in jobs:  # of two parts
+            lengths = sorted({*lengths, *jobs[folder].lengths})
+        jobs[folder] = Job(kind, seed, command, lengths)
     # Data sets are made once, before many runs need them.
     for dataset in {job.kind["dataset"] for job in jobs.values()}:
         load_or_prepare(dataset)

@@ -25,6 +25,7 @@ COLOURS = {
 }
 MARKERS = {"qkv": "o", "gqa": "s", "mla": "^", "qv": "v", "qv_ka": "D"}
 LOSS = "validation loss (nats per token)"
+FOUR = (QKV, QKV_ROTATED, QV, QV_KA)
 
 
 def style(kind):
@@ -202,33 +203,32 @@ def draw_early(runs, kinds, path):
 
 def draw_results(runs, first, folder):
     """Draws what results.md shows, as far as it is there; returns the paths of what was drawn."""
-
-    def there(kinds, what=final_loss):
-        return [kind for kind in kinds if runs.values(kind, what)]
-
     drawn = []
-    learned = kinds_of("learned", QKV, QV, QV_KA)
-    groups = [
-        ("learned\n(seen first)", kind, first.sums([(1, kind)], final_loss))
-        for kind in learned
-        if first.values(kind, final_loss)
-    ]
-    for kind in there(sorted(sweeps.FAMILY, key=place)):
+
+    # All five kinds of positions; learned ones were seen first.
+    groups = []
+    for kind in kinds_of("learned", QKV, QV, QV_KA):
+        groups.append(("learned\n(seen first)", kind, first.sums([(1, kind)], final_loss)))
+    for kind in sorted(sweeps.FAMILY, key=place):
         groups.append((kind["pos"], kind, runs.sums([(1, kind)], final_loss)))
+    groups = [group for group in groups if group[2]]
     if groups:
         drawn.append(draw_positions(groups, folder / "positions.png"))
-    if found := there(sweeps.MEMORY):
-        drawn.append(draw_frontier(runs, found, folder / "frontier.png"))
-    windows = [
-        kind for pos in ("rope", "rope+agf") for kind in kinds_of(pos, QKV, QKV_ROTATED, QV, QV_KA)
-    ]
-    if found := there(windows, loss_in_windows(8 * sweeps.CONTEXT)):
-        drawn.append(draw_lengths(runs, found, folder / "lengths.png"))
+
+    remembered = [kind for kind in sweeps.MEMORY if runs.values(kind, final_loss)]
+    if remembered:
+        drawn.append(draw_frontier(runs, remembered, folder / "frontier.png"))
+
+    longest = loss_in_windows(8 * sweeps.CONTEXT)
+    windows = kinds_of("rope", *FOUR) + kinds_of("rope+agf", *FOUR)
+    windows = [kind for kind in windows if runs.values(kind, longest)]
+    if windows:
+        drawn.append(draw_lengths(runs, windows, folder / "lengths.png"))
+
     early = kinds_of("rope+agf", QKV, QV, QV_KA)
-    if found := [
-        kind for kind in there(early) if runs.sums([(1, kind), (1, like_qkv(kind))], final_loss)
-    ]:
-        drawn.append(draw_early(runs, found, folder / "early.png"))
+    early = [kind for kind in early if runs.sums([(1, kind), (-1, like_qkv(kind))], final_loss)]
+    if early:
+        drawn.append(draw_early(runs, early, folder / "early.png"))
     return drawn
 
 

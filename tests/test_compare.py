@@ -262,6 +262,21 @@ def test_a_run_that_ended_early_is_no_finished_one_and_is_resumed(calls):
     assert ["--resume" in line for line in calls()] == [False, True]
 
 
+def test_the_final_loss_is_the_last_of_the_whole_split_and_the_best_the_lowest(calls):
+    flags = [*TINY, "--attention=qkv", "--pos=rope", "--seeds=1"]
+    stored = torch.load("finished.pt", weights_only=True)
+    stored["log"] = [
+        dict(step=2, seconds=1.0, val_loss_part=0.5),
+        dict(step=3, seconds=2.0, val_loss=1.25),
+        dict(step=6, seconds=3.0, val_loss_part=0.5, val_loss=1.5),
+    ]
+    torch.save(stored, "finished.pt")
+    assert call("compare", *flags) is None
+    found = record("qkv")
+    assert (found["final_val_loss"], found["best_val_loss"], found["best_step"]) == (1.5, 1.25, 3)
+    assert found["log"] == stored["log"]
+
+
 def test_sigterm_stops_what_runs_and_starts_nothing(calls):
     interrupt_when(Path("calls.jsonl").exists, signal.SIGTERM)
     flags = [*TINY, "--attention=mla", "--pos=rope", "--workers=1"]
@@ -341,6 +356,15 @@ def test_parts_are_computed_in_their_order_and_seed_by_seed(folder, monkeypatch)
     assert seeds[:280] == [seed for seed in range(2001, 2021) for _ in range(14)]
     assert seeds[280:] == [seed for seed in range(2001, 2011) for _ in range(8)]
     assert {kind.get("max_steps") for kind, _ in found[280:]} == {1800}
+
+
+@pytest.mark.parametrize("parts", ["1,5", "5,1"])
+def test_a_run_of_two_parts_is_trained_once_and_evaluated_as_both_ask(folder, monkeypatch, parts):
+    monkeypatch.setattr(compare, "load_or_prepare", lambda dataset: None)
+    jobs = compare.plan(*compare.parse([f"--part={parts}", "--device=cpu"]))
+    lengths = [job.lengths for job in jobs.values()]
+    assert len(jobs) == PART_SIZES[1] + 70, "80 of the 150 runs of part 5 are of part 1"
+    assert lengths.count([1, 2, 4, 8]) == PART_SIZES[5]
 
 
 # What is stored -----------------------------------------------------------------------------------
