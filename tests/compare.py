@@ -36,7 +36,7 @@ import runs  # noqa: E402
 import sweeps  # noqa: E402
 
 import train  # noqa: E402
-from model import ATTENTIONS, GPT, POSITIONS  # noqa: E402
+from model import ATTENTIONS, GPT, POSITIONS, GPTConfig  # noqa: E402
 from prepare import (  # noqa: E402
     OUT,
     Progress,
@@ -258,7 +258,7 @@ def asked_by_flags(args, flags):
     dataset = load_or_prepare(args.dataset or train.PRESETS[preset].get("dataset"))[0]
     variant = {name: value for name, value in flags.items() if name not in MACHINE}
     attentions = args.attention or ["qkv", "qv", "qv_ka"]
-    positions = args.pos or [train.GPTConfig().pos]
+    positions = args.pos or [GPTConfig().pos]
     kinds = []
     for pos, attention in itertools.product(positions, attentions):
         kind = dict(preset=preset, dataset=dataset, attention=attention, pos=pos)

@@ -1,5 +1,5 @@
-"""tests/report.py, runs.py, stats.py and figures.py: known numbers, whose answers are computed by
-hand or from printed tables."""
+"""tests/report.py, runs.py, stats.py, speeds.py and figures.py: known numbers, whose answers are
+computed by hand or from printed tables."""
 
 import json
 import zlib
@@ -8,8 +8,10 @@ import figures
 import numpy as np
 import pytest
 import report
+import speeds
 import stats
 import sweeps
+import torch
 from matplotlib.figure import Figure
 from runs import NAMES, Runs, final_loss, label, loss_in_windows, mean_loss_of_first
 from sweeps import GQA, MQA_ROTATED, QKV, QKV_ROTATED, QV, QV_1, QV_KA, kind_of
@@ -460,11 +462,12 @@ def test_equal_time_takes_as_many_steps_as_the_speed_allows(tmp_path, monkeypatc
 
 
 def test_at_equal_time_a_slower_attention_has_fewer_steps(tmp_path, monkeypatch):
-    """QV is as fast as QKV, QV-Ka takes twice the time: 600 and 300 steps, and 120 and 60 early ones."""
+    """QV is as fast as QKV, QV-Ka takes twice the time: 600 and 300 steps, and 120 and 60 early
+    ones."""
     attentions = [QKV, QKV_ROTATED, MQA_ROTATED, QV, QV_KA]
-    speeds = [dict(attention=one, speed=0.5 if one == QV_KA else 1.0) for one in attentions]
-    speeds = dict(training=speeds, decoding=[])
-    (tmp_path / "speeds.json").write_text(json.dumps(speeds))
+    training = [dict(attention=one, speed=0.5 if one == QV_KA else 1.0) for one in attentions]
+    measured = dict(training=training, decoding=[])
+    (tmp_path / "speeds.json").write_text(json.dumps(measured))
     monkeypatch.setattr(sweeps, "SPEEDS", tmp_path / "speeds.json")
     monkeypatch.setitem(sweeps.PARTS, 7, [sweeps.Sweep(sweeps.equal_time(), sweeps.seeds(10))])
     records = several(kind_of("rope+agf", QV_KA, max_steps=300), [1.9, 1.9], seeds=(2001, 2002))
@@ -473,11 +476,11 @@ def test_at_equal_time_a_slower_attention_has_fewer_steps(tmp_path, monkeypatch)
         records += several(kind_of("rope+agf", attention), [1.7, 1.7], seeds=(2001, 2002))
     for record in records:
         record["curve"] = [4.0] * 6 + [2.0] * 54
-    found = rows(report.equal_time_text(Runs(records), speeds))
+    found = rows(report.equal_time_text(Runs(records), measured))
     differences = {(row[0], row[1]): row[5] for row in found if row[1] == "QV"}
     assert differences == {("QV-Ka", "QV"): "+1.0000 ± 0.0000"}, "of the early steps: 4 less 3"
     assert ["QV-Ka", "QV", "rope+agf", "128, 128", "2 of 10", "+0.3000 ± 0.0000"] in found
-    table = report.first_table(Runs(records), speeds)
+    table = report.first_table(Runs(records), measured)
     assert next(row for row in rows(table) if row[0] == "QV-Ka")[8] == "1.9000 (2 of 10 seeds)"
 
 
@@ -501,8 +504,8 @@ def tables(text):
 
 
 def wrong_cells(readme, results):
-    """The cells of README's tables of losses that are not those of the same row and column in a table
-    of results.md with these columns."""
+    """The cells of README's tables of losses that are not those of the same row and column in a
+    table of results.md with these columns."""
     wrong = []
     for head, lines in tables(readme.replace("*", "").replace("`", "")):
         if set(head).isdisjoint(report.ALL_FOUR):
@@ -535,6 +538,36 @@ def test_the_cells_of_the_readme_are_those_of_results_md():
     results = (root / "assets/results.md").read_text("utf-8")
     assert any(not set(head).isdisjoint(report.ALL_FOUR) for head, _ in tables(readme))
     assert wrong_cells(readme, results) == []
+
+
+# Speeds -------------------------------------------------------------------------------------------
+
+
+def test_a_speed_is_the_median_of_qkvs_time_by_anothers_in_the_same_turn():
+    seconds = np.full((3, len(sweeps.TABLE)), 2.0)
+    qkv, qv = sweeps.TABLE.index(QKV), sweeps.TABLE.index(QV)
+    seconds[:, qkv] = [2.0, 4.0, 6.0]
+    seconds[:, qv] = [1.0, 4.0, 1.5]
+    found = {label(kind_of("rope", row["attention"])): row for row in speeds.rows(seconds)}
+    assert found["QKV"]["speed"] == 1.0
+    assert (found["QV"]["speed"], found["QV"]["quartiles"]) == (2.0, [1.5, 3.0])
+    assert found["QV"]["milliseconds"] == 1500.0
+
+
+def test_the_first_turn_is_not_measured():
+    calls = []
+    seconds = speeds.in_turns(3, [lambda: calls.append("a"), lambda: calls.append("b")], "words")
+    assert calls == ["a", "b"] * 4 and seconds.shape == (3, 2)
+
+
+def test_what_is_measured_trains_and_decodes():
+    data = np.random.default_rng(0).integers(65, size=500).astype(np.uint16)
+    work = speeds.trainer(QV, data)
+    work(), work()
+    decode = speeds.decoder(sweeps.DIAGONAL_32_1, context=16, tokens=4)
+    with torch.no_grad():
+        tokens = [decode() for _ in range(5)]
+    assert all(token.shape == (1, 1) for token in tokens)
 
 
 # Figures: what they draw, read from them ----------------------------------------------------------
