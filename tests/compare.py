@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -403,8 +404,8 @@ def record(folder, job):
         raise UserError(f"it ended at step {steps} of {config['max_steps']}")
 
     # Evaluations on the way may be of a part of the validation split: they have no val_loss.
-    log = [{name: round(value, 4) for name, value in entry.items()} for entry in checkpoint["log"]]
-    whole = [entry for entry in checkpoint["log"] if "val_loss" in entry]
+    log = checkpoint["log"]
+    whole = [entry for entry in log if "val_loss" in entry]
     best = min(whole, key=lambda entry: entry["val_loss"])
     early = losses[: first_fifth(steps)]
     curve = [part.mean() for part in np.array_split(losses, min(CURVE_POINTS, steps))]
@@ -422,7 +423,7 @@ def record(folder, job):
         early_loss=float(np.mean(early)),
         steps=steps,
         curve=[round(float(loss), 3) for loss in curve],
-        log=log,
+        log=[{name: round(value, 4) for name, value in entry.items()} for entry in log],
         seconds=round(checkpoint["seconds"], 1),
         tokens_per_second=round(tokens / checkpoint["seconds"]),
         attention_parameters=sum(in_attention),
@@ -548,7 +549,7 @@ def report_results(args):
 def sweep(jobs, args, flags):
     """Trains and evaluates these runs; returns a sentence for each that failed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = train.choose_device(flags.get("device", "auto"), threads=cores)
+    device = train.choose_device(flags.get("device", "auto"), torch.get_num_threads())
     workers = args.workers or (cores if device.type == "cpu" else 4)
     say_plan(jobs, workers)
     failed = train_missing(jobs, workers, threads=max(1, cores // workers))

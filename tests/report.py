@@ -170,7 +170,9 @@ def family(runs, claims=CLAIMS):
             for place, values in sums.items()
         }
         words = "Runs are missing, so there are no verdicts yet."
-    rows = [[claim.words, *(cells.get((claim, pos), "") for pos in ALL_FOUR)] for claim in claims]
+    rows = []
+    for claim in claims:
+        rows.append([claim.words, *(cells.get((claim, pos), "") for pos in ALL_FOUR)])
     return f"{words}\n\n{table(['claim', *ALL_FOUR], rows)}"
 
 

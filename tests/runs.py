@@ -45,7 +45,8 @@ def attention_of(kind):
 def label(kind):
     """An attention and its variant in words, such as MQA, or QV, 1 value."""
     name = NAMES.get(kind["attention"], kind["attention"])
-    flags = {flag: kind[flag] for flag in [*WORDS, *sorted(VARIANT - WORDS.keys())] if flag in kind}
+    in_order = [*WORDS, *sorted(VARIANT - WORDS.keys())]
+    flags = {flag: kind[flag] for flag in in_order if flag in kind}
     if name == "GQA" and flags.get("n_kv_head") == 1:
         name = "MQA"
         del flags["n_kv_head"]
@@ -78,9 +79,11 @@ class Runs:
 
     def records(self):
         """All of them, sorted."""
-        return [
-            self.of[key(kind)][seed] for kind in self.kinds() for seed in sorted(self.of[key(kind)])
-        ]
+        found = []
+        for kind in self.kinds():
+            by_seed = self.of[key(kind)]
+            found += [by_seed[seed] for seed in sorted(by_seed)]
+        return found
 
     def kinds(self):
         """The kinds that there are, in the order of tables."""
@@ -102,7 +105,8 @@ class Runs:
     def fact(self, kind, name):
         """What is the same in all runs of a kind, such as its number of weights; None without a
         run."""
-        return next((run[name] for run in self.of.get(key(kind), {}).values()), None)
+        runs = self.of.get(key(kind), {}).values()
+        return next((run[name] for run in runs), None)
 
 
 def final_loss(run):

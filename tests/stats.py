@@ -37,7 +37,8 @@ def p_value(values):
     if deviation == 0:
         return float(np.mean(values) == 0)
     t, chance_beyond = student(n)
-    return float(np.interp(abs(np.mean(values)) / deviation * math.sqrt(n), t, chance_beyond))
+    size = abs(np.mean(values)) / deviation * math.sqrt(n)
+    return float(np.interp(size, t, chance_beyond))
 
 
 def holm(p_values):

@@ -162,6 +162,18 @@ def test_a_finished_sweep_is_reported_and_not_trained_again(sweep, capsys, monke
     assert all(str(path) in out for path in drawn)
 
 
+def test_runs_of_other_settings_are_not_reported_with_a_sweep(sweep, capsys, monkeypatch, tmp_path):
+    shutil.copytree("out/compare", tmp_path / "compare")
+    other = record("qv")
+    other["kind"]["max_steps"] = 7
+    (tmp_path / "compare/other").mkdir()
+    (tmp_path / "compare/other/record.json").write_text(json.dumps(other))
+    monkeypatch.setattr(compare, "TRAIN", "no such program")
+    assert call("compare", *SWEEP, f"--out={tmp_path / 'compare'}") is None
+    out = capsys.readouterr().out
+    assert "max_steps=42" in out and "max_steps=7" not in out
+
+
 def test_any_attention_may_be_the_baseline(sweep):
     def baselines(name):
         assert call("compare", *SWEEP, f"--baseline={name}") is None

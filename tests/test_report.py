@@ -253,7 +253,8 @@ def test_a_difference_is_paired_by_seed():
     """A seed that one of the two lacks is not compared."""
     qkv = several(kind_of("agf", QKV), [1.0, 5.0, 9.0])
     qv = several(kind_of("agf", QV), [1.5, 5.5, 9.5, 99.0])
-    found = Runs(qkv + qv).sums([(1, kind_of("agf", QV)), (-1, kind_of("agf", QKV))], final_loss)
+    terms = [(1, kind_of("agf", QV)), (-1, kind_of("agf", QKV))]
+    found = Runs(qkv + qv).sums(terms, final_loss)
     assert found == pytest.approx([0.5, 0.5, 0.5])
 
 
