@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentTypeError
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -553,14 +554,26 @@ def sweep(jobs, args, flags):
     workers = args.workers or (cores if device.type == "cpu" else 4)
     say_plan(jobs, workers)
     failed = train_missing(jobs, workers, threads=max(1, cores // workers))
-
-    evaluated = [folder for folder, job in jobs.items() if job.lengths and finished(folder)]
-    progress = Progress(len(evaluated))
-    for number, folder in enumerate(evaluated, start=1):
-        evaluate_lengths(folder, jobs[folder].lengths, device)
-        progress(number, f"evaluated in longer windows: {number} of {len(evaluated)} runs")
-    progress.clear()
+    evaluate_all(jobs, workers, device)
     return failed
+
+
+def evaluate_all(jobs, workers, device):
+    """Evaluates all finished runs in the longer windows that were asked for, some at a time."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    todo = [folder for folder, job in jobs.items() if job.lengths and finished(folder)]
+    progress = Progress(len(todo))
+    pool = ThreadPoolExecutor(workers)
+    try:
+        done = [
+            pool.submit(evaluate_lengths, folder, jobs[folder].lengths, device) for folder in todo
+        ]
+        for number, future in enumerate(done, start=1):
+            future.result()
+            progress(number, f"evaluated in longer windows: {number} of {len(todo)} runs")
+    finally:
+        pool.shutdown(cancel_futures=True)
+        progress.clear()
 
 
 def main(argv=None):
