@@ -7,10 +7,11 @@
     python tests/compare.py --part=1                the first part of the runs of results.md
     python tests/compare.py --report                trains nothing: makes results.md anew
 
-Only runs that are not there yet are trained. A run is a folder in --out. It holds what train.py
-writes, what that prints (output.txt) and, once the run is finished, record.json: its flags, and all
-that a report needs, so the checkpoints may then be deleted. Ctrl-C stops the runs, each saves
-itself, and the same command goes on. Beside other work on the same machine, put `nice` before it.
+Only runs that are not there yet are trained, nor stored in assets/. A run is a folder in --out. It
+holds what train.py writes, what that prints (output.txt) and, once the run is finished,
+record.json: its flags, and all that a report needs, so the checkpoints may then be deleted. Ctrl-C
+stops the runs, each saves itself, and the same command goes on. Beside other work on the same
+machine, put `nice` before it.
 """
 
 import itertools
@@ -294,17 +295,40 @@ def command_line(flags):
     return words
 
 
-# --- Training them. A run is finished if, and only if, it has a record ----------------------------
+# --- Training them --------------------------------------------------------------------------------
 
 
-def finished(folder):
-    return (folder / "record.json").exists()
+def missing_lengths(found, times):
+    """In which windows, of so many times the context, a record has no loss yet. Learned positions
+    end with the context."""
+    if found["kind"]["pos"] == "learned":
+        return []
+    size = found["config"]["block_size"]
+    return [n * size for n in times if str(n * size) not in found["val_loss_by_length"]]
+
+
+def finished(folder, job):
+    """Whether a run has a record and, if that lacks losses in longer windows, the trained model."""
+    if not (folder / "record.json").exists():
+        return False
+    return (folder / "last.pt").exists() or not missing_lengths(read(folder), job.lengths)
+
+
+def restore_stored(jobs):
+    """Gives runs that were not computed here the records that are stored of them."""
+    stored = {}
+    for found in stored_runs(ASSETS / "results.json"):
+        stored[runs.key(found["kind"]), found["seed"]] = found
+    for folder, job in jobs.items():
+        found = stored.get((runs.key(job.kind), job.seed))
+        if found is not None and not (folder / "record.json").exists():
+            write_json(folder / "record.json", found)
 
 
 def say_plan(jobs, workers):
     """Prints what is going to be done."""
-    waiting = [folder for folder in jobs if not finished(folder)]
-    there = [folder for folder in jobs if finished(folder)]
+    waiting = [folder for folder, job in jobs.items() if not finished(folder, job)]
+    there = [folder for folder, job in jobs.items() if finished(folder, job)]
     kinds = {runs.key(job.kind) for job in jobs.values()}
     seeds = sorted({job.seed for job in jobs.values()})
     with_seeds = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
@@ -323,7 +347,7 @@ def train_missing(jobs, workers, threads):
     """Trains the runs that are not finished, some at a time, and returns a sentence for each that
     failed. However this function is left, the processes have been asked to save their runs, and
     have stopped."""
-    waiting = [folder for folder in jobs if not finished(folder)]
+    waiting = [folder for folder, job in jobs.items() if not finished(folder, job)]
     total, began = len(waiting), time.monotonic()
     live, failed = {}, []
     try:
@@ -447,11 +471,11 @@ def first_fifth(steps):
 
 def evaluate_lengths(folder, times, device):
     """Adds to a run's record its losses in windows of so many times the context: those that are not
-    there yet, and that the data is long enough for. Learned positions end with the context."""
+    there yet, and that the data is long enough for."""
     found = read(folder)
     losses, size = found["val_loss_by_length"], found["config"]["block_size"]
-    wanted = [n * size for n in times if str(n * size) not in losses]
-    if found["kind"]["pos"] == "learned" or not wanted:
+    wanted = missing_lengths(found, times)
+    if not wanted:
         return
     model, checkpoint = GPT.load(folder / "last.pt")
     if len(checkpoint["losses"]) != found["steps"]:
@@ -552,6 +576,7 @@ def sweep(jobs, args, flags):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = train.choose_device(flags.get("device", "auto"), torch.get_num_threads())
     workers = args.workers or (cores if device.type == "cpu" else 4)
+    restore_stored(jobs)
     say_plan(jobs, workers)
     failed = train_missing(jobs, workers, threads=max(1, cores // workers))
     evaluate_all(jobs, workers, device)
@@ -561,7 +586,7 @@ def sweep(jobs, args, flags):
 def evaluate_all(jobs, workers, device):
     """Evaluates all finished runs in the longer windows that were asked for, some at a time."""
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    todo = [folder for folder, job in jobs.items() if job.lengths and finished(folder)]
+    todo = [folder for folder, job in jobs.items() if job.lengths and finished(folder, job)]
     progress = Progress(len(todo))
     pool = ThreadPoolExecutor(workers)
     try:

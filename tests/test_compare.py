@@ -289,6 +289,21 @@ def test_the_final_loss_is_the_last_of_the_whole_split_and_the_best_the_lowest(c
     assert found["log"] == stored["log"]
 
 
+def test_a_run_that_is_stored_is_not_trained_again(calls, tmp_path, monkeypatch):
+    """Unless it is to be evaluated in longer windows, for which nobody kept its model."""
+    flags = [*TINY, "--attention=qkv", "--pos=rope", "--seeds=1"]
+    call("compare", *flags)
+    stored = record("qkv")
+    monkeypatch.setattr(compare, "ASSETS", tmp_path / "assets")
+    compare.write_text(tmp_path / "assets/results.json", json.dumps([stored]))
+    elsewhere = [*flags, "--out=out/elsewhere"]
+    assert call("compare", *elsewhere) is None
+    assert len(calls()) == 1
+    assert json.loads(next(Path("out/elsewhere").glob("*/record.json")).read_text()) == stored
+    assert call("compare", *elsewhere, "--lengths=2") is None
+    assert len(calls()) == 2
+
+
 def test_sigterm_stops_what_runs_and_starts_nothing(calls):
     interrupt_when(Path("calls.jsonl").exists, signal.SIGTERM)
     flags = [*TINY, "--attention=mla", "--pos=rope", "--workers=1"]
