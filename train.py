@@ -12,6 +12,7 @@ the same numbers as one that was not. `main`, at the end of this file, is the wh
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -23,6 +24,8 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
+import warnings
 from argparse import SUPPRESS, ArgumentTypeError
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -356,7 +359,11 @@ def process_group():
     dist.init_process_group(backend, rank=RANK, world_size=WORLD)
     try:
         yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
+        gc.collect()  # a model that still has the group would wait for ever when it goes
         dist.destroy_process_group()
 
 
@@ -511,6 +518,8 @@ def choose_kernel(model, name, context):
         expected = try_model(model, context)
         model.use_kernel()
         for what, result in try_model(model, context).items():
+            if result is None:
+                continue
             error = (result - expected[what]).norm() / expected[what].norm()
             if not error < tolerance:  # nor is NaN
                 raise ValueError(f"{what} is off by {error:.1%}")
@@ -524,23 +533,24 @@ def choose_kernel(model, name, context):
 
 def try_model(model, context):
     """What the model computes of a text of random tokens, {what: tensor}: in training a loss and all
-    gradients, otherwise the logits of the text and those of a token after it, by a cache."""
+    gradients (None, of parameters that are not used), otherwise the logits of the text's end and, by
+    a cache, those of a token after it."""
     device, config = model.wte.weight.device, model.config
-    length = min(config.block_size, 1024)
     random = torch.Generator().manual_seed(0)
+    length = min(config.block_size, 1024)
     idx = torch.randint(config.vocab_size, (1, length), generator=random).to(device)
-    if model.training:
-        with context:
-            _, loss = model(idx, idx.roll(-1, dims=1))
-        parameters = {name: w for name, w in model.named_parameters() if w.requires_grad}
-        gradients = torch.autograd.grad(loss, parameters.values(), allow_unused=True)
-        named = {f"the gradient of {name}": g for name, g in zip(parameters, gradients)}
-        return {"the loss": loss.detach()} | {k: g for k, g in named.items() if g is not None}
-    cache = model.new_cache()
-    with context, torch.no_grad():
-        text, _ = model(idx[:, :-1], cache=cache)
-        token, _ = model(idx[:, -1:], cache=cache)
-    return {"the output": text, "a decoded token": token}
+    if not model.training:
+        cache = model.new_cache()
+        with context, torch.no_grad():
+            text, _ = model(idx[:, :-1], cache=cache)
+            token, _ = model(idx[:, -1:], cache=cache)
+        return {"the output": text, "a decoded token": token}
+    with context:
+        _, loss = model(idx, idx.roll(-1, dims=1))
+    learning = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    gradients = torch.autograd.grad(loss, learning.values(), allow_unused=True)
+    named = {f"the gradient of {name}": g for name, g in zip(learning, gradients)}
+    return {"the loss": loss.detach(), **named}
 
 
 def compile_model(model, wanted, device):
@@ -558,6 +568,19 @@ def compile_model(model, wanted, device):
         say(f"training without torch.compile, which cannot be used here ({describe_error(error)})")
         return model
     return torch.compile(model)
+
+
+def share_gradients(model, forward, context):
+    """The forward pass of a process among others: all begin with the weights of the first, and each
+    backward pass ends with the mean of their gradients."""
+    if WORLD == 1:
+        return forward
+    unused = any(tensor is None for tensor in try_model(model, context).values())
+    with warnings.catch_warnings():  # of a new name for broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            forward, broadcast_buffers=False, find_unused_parameters=unused
+        )
 
 
 # --- Optimizers: Muon for the matrices in the blocks, AdamW for all else --------------------------
@@ -990,10 +1013,12 @@ def tenths(step, train):
     return 10 * step // train.max_steps
 
 
+@explained_errors()
+@process_group()
 def main(argv=None):
     """Trains, as the flags say: a list of strings, or else this program's own."""
     given = parse(argv)
-    with explained_errors(), process_group(), contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as locks:
         # A run that goes on, or a new one.
         out = in_first(find_run, given)
         if out is None:
@@ -1011,10 +1036,7 @@ def main(argv=None):
         model.to(device).train()
         kernel = choose_kernel(model, train.kernel, context)
         forward = compile_model(model, train.compile, device)
-        if WORLD > 1:  # all begin with the weights of the first, and share their gradients
-            forward = DistributedDataParallel(
-                forward, broadcast_buffers=False, find_unused_parameters=True
-            )
+        forward = share_gradients(model, forward, context)
         optimizers = make_optimizers(model, train)
         for optimizer, memory in zip(optimizers, memories):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": memory})
