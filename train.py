@@ -1010,7 +1010,17 @@ def describe_validation(entry, train, is_best):
 
 
 def tenths(step, train):
+    """How many tenths of the run are over."""
     return 10 * step // train.max_steps
+
+
+def steps_between_reads(device, train):
+    """Python runs ahead of a GPU, and waits for its results after every tenth forward pass only. A
+    CPU leaves it nothing to run ahead of."""
+    if device.type == "cpu":
+        return 1
+    passes = train.batch_size // WORLD // train.rows()
+    return max(1, 10 // passes)
 
 
 @explained_errors()
@@ -1047,10 +1057,7 @@ def main(argv=None):
         if step == 0:
             save(run, model, optimizers, "last.pt")  # if that fails, now and not in an hour
 
-        # Python runs ahead of a GPU, and waits for it after every tenth pass only, to read the
-        # losses; a CPU is Python's own.
-        passes = train.batch_size // WORLD // train.rows()
-        read_every = 1 if device.type == "cpu" else max(1, 10 // passes)
+        read_every = steps_between_reads(device, train)
         progress, told, unread = Progress(train.max_steps, step), tenths(step, train), []
         with stop_requests() as requests:
             started = time.perf_counter()
