@@ -922,7 +922,7 @@ def check_finite(number, run):
         )
 
 
-def draw_losses(losses, log, eval_tokens=None):
+def draw_losses(losses, log, part=None):
     """A picture of a run: its training and validation losses, without the steep first twentieth."""
     from matplotlib.figure import Figure
 
@@ -932,12 +932,12 @@ def draw_losses(losses, log, eval_tokens=None):
     axes.plot(steps, losses[first:], linewidth=0.5, label="training")
     shown = [entry for entry in log if entry["step"] > first]
     whole = [entry for entry in shown if "val_loss" in entry]
-    if eval_tokens:
+    if part is not None:
         axes.plot(
             [entry["step"] for entry in shown],
             [entry["val_loss_part"] for entry in shown],
             "o-",
-            label=f"validation, the first {eval_tokens:,} tokens",
+            label=f"validation, the first {part:,} tokens",
         )
     axes.plot(
         [entry["step"] for entry in whole],
@@ -953,10 +953,18 @@ def draw_losses(losses, log, eval_tokens=None):
 # --- The whole story ------------------------------------------------------------------------------
 
 
+def part_of(data, train):
+    """How many tokens of the validation data all evaluations predict but the last; None is all."""
+    if train.eval_tokens is not None and train.eval_tokens < len(data) - 1:
+        return train.eval_tokens
+    return None
+
+
 def validate(run, model, data, context):
     """Measures the losses of this step: of training, on the first eval_tokens of the validation data,
     and at the end on all of them. Returns them as an entry of the log."""
     step, train, recent = len(run.losses), run.train, run.losses[-100:]
+    part = part_of(data, train)
 
     def loss_of(eval_tokens):
         loss_sum, count = add_up(*evaluate(model, data, train.rows(), context, eval_tokens))
@@ -964,8 +972,8 @@ def validate(run, model, data, context):
         return loss_sum / count
 
     entry = dict(step=step, train_loss=sum(recent) / len(recent), seconds=run.seconds)
-    entry["val_loss_part"] = loss_of(train.eval_tokens)
-    if train.eval_tokens is None:
+    entry["val_loss_part"] = loss_of(part)
+    if part is None:
         entry["val_loss"] = entry["val_loss_part"]
     elif step == train.max_steps:
         entry["val_loss"] = loss_of(None)
@@ -999,11 +1007,11 @@ def describe(run):
     )
 
 
-def describe_validation(entry, train, is_best):
+def describe_validation(entry, part, is_best):
     best = " (the best so far)" if is_best else ""
-    if train.eval_tokens is None:
+    if part is None:
         return f", validation loss {entry['val_loss']:.4f}{best}"
-    words = f", validation loss {entry['val_loss_part']:.4f} on {train.eval_tokens:,} tokens{best}"
+    words = f", validation loss {entry['val_loss_part']:.4f} on {part:,} tokens{best}"
     if "val_loss" in entry:
         words += f" and {entry['val_loss']:.4f} on all"
     return words
@@ -1058,6 +1066,7 @@ def main(argv=None):
             save(run, model, optimizers, "last.pt")  # if that fails, now and not in an hour
 
         read_every = steps_between_reads(device, train)
+        part = part_of(data["val"], train)
         progress, told, unread = Progress(train.max_steps, step), tenths(step, train), []
         with stop_requests() as requests:
             started = time.perf_counter()
@@ -1091,7 +1100,7 @@ def main(argv=None):
                     run.log.append(entry)
                     names = ["best.pt", "last.pt"] if is_best else ["last.pt"]
                     save(run, model, optimizers, *names)
-                    say(describe(run) + describe_validation(entry, train, is_best))
+                    say(describe(run) + describe_validation(entry, part, is_best))
                 elif tenths(step, train) > told:
                     progress.clear()
                     say(describe(run))
@@ -1107,7 +1116,7 @@ def main(argv=None):
                 started = time.perf_counter()
 
         if RANK == 0:
-            figure = draw_losses(run.losses, run.log, train.eval_tokens)
+            figure = draw_losses(run.losses, run.log, part)
             write_atomically(
                 run.out / "loss.png", lambda file: figure.savefig(file, format="png", dpi=150)
             )

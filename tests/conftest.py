@@ -19,13 +19,14 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import prepare  # noqa: E402
-import train  # noqa: E402
-
 # The tensors here are tiny: a second thread would wait more than it works, and no process need
 # look how busy the machine is.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+import prepare  # noqa: E402
+import train  # noqa: E402
+
 # A shell has the one ignored in what it starts behind it, and nohup the other.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
