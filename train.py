@@ -27,6 +27,7 @@ import time
 import traceback
 import warnings
 from argparse import SUPPRESS, ArgumentTypeError
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -464,23 +465,17 @@ def choose_threads(wanted=None):
     """Sets the number of threads. They wait for one another after every product, so beside a program
     that keeps a core busy, one for each core are many times slower than fewer. Where no number is
     wanted, nor OMP_NUM_THREADS set, as many are taken as there are cores that are free."""
-    threads = wanted or CORES
-    if wanted is None and "OMP_NUM_THREADS" not in os.environ and CORES > 1:
-        threads = free_cores()
-        if threads < CORES:
+    if wanted is None:
+        wanted = CORES
+        if "OMP_NUM_THREADS" not in os.environ and CORES > 1:
+            wanted = free_cores()
+        if wanted < CORES:
             print(
-                f"using {threads} of {CORES} threads, for other programs keep the CPU busy; set "
+                f"using {wanted} of {CORES} threads, for other programs keep the CPU busy; set "
                 "OMP_NUM_THREADS to change that",
                 file=sys.stderr,
             )
-    elif threads > max(CORES, os.cpu_count()):
-        print(
-            f"using {CORES} threads, for {threads} are more than this machine has: the last digits "
-            "may differ",
-            file=sys.stderr,
-        )
-        threads = CORES
-    torch.set_num_threads(threads)
+    torch.set_num_threads(min(wanted, max(CORES, os.cpu_count())))
 
 
 def free_cores():
@@ -532,25 +527,26 @@ def choose_kernel(model, name, context):
 
 
 def try_model(model, context):
-    """What the model computes of a text of random tokens, {what: tensor}: in training a loss and all
-    gradients (None, of parameters that are not used), otherwise the logits of the text's end and, by
-    a cache, those of a token after it."""
+    """What the model computes of a text of random tokens, {what: tensor}: a loss, and in training all
+    gradients (None, of parameters that are not used), otherwise the logits of a token that is decoded
+    by a cache."""
     device, config = model.wte.weight.device, model.config
     random = torch.Generator().manual_seed(0)
     length = min(config.block_size, 1024)
     idx = torch.randint(config.vocab_size, (1, length), generator=random).to(device)
-    if not model.training:
-        cache = model.new_cache()
-        with context, torch.no_grad():
-            text, _ = model(idx[:, :-1], cache=cache)
-            token, _ = model(idx[:, -1:], cache=cache)
-        return {"the output": text, "a decoded token": token}
     with context:
         _, loss = model(idx, idx.roll(-1, dims=1))
-    learning = {name: w for name, w in model.named_parameters() if w.requires_grad}
-    gradients = torch.autograd.grad(loss, learning.values(), allow_unused=True)
-    named = {f"the gradient of {name}": g for name, g in zip(learning, gradients)}
-    return {"the loss": loss.detach(), **named}
+    results = {"the loss": loss.detach()}
+    if model.training:
+        learning = {name: w for name, w in model.named_parameters() if w.requires_grad}
+        gradients = torch.autograd.grad(loss, learning.values(), allow_unused=True)
+        results |= {f"the gradient of {name}": g for name, g in zip(learning, gradients)}
+    else:
+        cache = model.new_cache()
+        with context, torch.no_grad():
+            model(idx[:, :-1], cache=cache)
+            results["a decoded token"], _ = model(idx[:, -1:], cache=cache)
+    return results
 
 
 def compile_model(model, wanted, device):
@@ -615,10 +611,10 @@ class Muon(QuickStart, torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             # Matrices of one shape are made orthogonal together.
-            by_shape = {}
+            by_shape = defaultdict(list)
             for w in group["params"]:
                 if w.grad is not None:
-                    by_shape.setdefault(w.shape, []).append(w)
+                    by_shape[w.shape].append(w)
             for weights in by_shape.values():
                 self.move(weights, group)
         return loss
@@ -626,17 +622,15 @@ class Muon(QuickStart, torch.optim.Optimizer):
     def move(self, weights, group):
         ahead = []
         for w in weights:
-            state = self.state[w]
-            if not state:
-                state["mean"] = torch.zeros_like(w)
-            state["mean"].lerp_(w.grad, 1 - group["momentum"])
-            ahead.append(w.grad.lerp(state["mean"], group["momentum"]))  # Nesterov's
+            mean = self.state[w].setdefault("mean", torch.zeros_like(w))
+            mean.lerp_(w.grad, 1 - group["momentum"])
+            ahead.append(w.grad.lerp(mean, group["momentum"]))  # Nesterov's
         ahead = torch.stack(ahead)  # (number, m, n) or (number, heads, m, n)
         steps = orthogonal(ahead.flatten(0, -3)).view_as(ahead)
-        scale = 0.2 * max(ahead.shape[-2:]) ** 0.5
+        steps *= 0.2 * max(ahead.shape[-2:]) ** 0.5
         for w, step in zip(weights, steps):
             w.mul_(1 - group["lr"] * group["weight_decay"])
-            w.sub_(step * scale, alpha=group["lr"])
+            w.sub_(step, alpha=group["lr"])
 
 
 def orthogonal(x):
@@ -662,18 +656,20 @@ def orthogonal(x):
 
 def make_optimizers(model, train):
     """Muon, if it is wanted, and AdamW. Weight decay pulls on matrices, not on gains and exponents."""
-    matrices = []
+    matrices = [w for w in model.parameters() if w.dim() > 1]
+    vectors = [w for w in model.parameters() if w.dim() == 1]
+    optimizers = []
     if train.optimizer == "muon":
-        matrices = [w for w in model.blocks.parameters() if w.dim() > 1]
-    others = [w for w in model.parameters() if not any(w is matrix for matrix in matrices)]
+        moved = [w for w in model.blocks.parameters() if w.dim() > 1]
+        optimizers.append(Muon(moved, lr=0.0, weight_decay=train.weight_decay))
+        known = {id(w) for w in moved}
+        matrices = [w for w in matrices if id(w) not in known]
     groups = [
-        dict(params=[w for w in others if w.dim() > 1], weight_decay=train.weight_decay),
-        dict(params=[w for w in others if w.dim() < 2], weight_decay=0.0),
+        dict(params=matrices, weight_decay=train.weight_decay),
+        dict(params=vectors, weight_decay=0.0),
     ]
     fused = model.wte.weight.device.type in ("cuda", "cpu")
-    optimizers = [AdamW(groups, lr=0.0, betas=(0.9, train.beta2), fused=fused)]
-    if matrices:
-        optimizers.append(Muon(matrices, lr=0.0, weight_decay=train.weight_decay))
+    optimizers.append(AdamW(groups, lr=0.0, betas=(0.9, train.beta2), fused=fused))
     return optimizers
 
 
@@ -681,13 +677,13 @@ def make_optimizers(model, train):
 
 
 def windows(data, starts, length, device):
-    """Inputs and targets (len(starts), length): the tokens from each start on, and those one further."""
+    """Inputs and targets (len(starts), length): the tokens from each start on, and those one further.
+    They are copied to a GPU from pinned memory, while it and Python go on."""
     tokens = torch.from_numpy(data[starts[:, None] + np.arange(length + 1)].astype(np.int64))
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    if device.type != "cuda":
-        return x.to(device), y.to(device)
-    # A copy from pinned memory is made while the GPU and Python go on.
-    return tuple(part.pin_memory().to(device, non_blocking=True) for part in (x, y))
+    if device.type == "cuda":
+        tokens = tokens.pin_memory()
+    tokens = tokens.to(device, non_blocking=True)
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 def batch(data, train, block_size, step, device, rank=RANK, world=WORLD):
@@ -816,8 +812,7 @@ def name_run(given, train, config):
     if train.out is not None:
         return Path(train.out)
     flags = [f"{name}={given[name]}" for name in sorted(given.keys() - UNNAMED)]
-    dataset = Path(train.dataset).name
-    name = ",".join([f"{dataset}-{config.attention}-{config.pos}", *flags])[:120]
+    name = ",".join([f"{train.dataset}-{config.attention}-{config.pos}", *flags])[:120]
     folder, number = OUT / name, 1
     while folder.exists():
         number += 1
@@ -928,23 +923,14 @@ def draw_losses(losses, log, part=None):
 
     axes = Figure(figsize=(6, 4), layout="constrained").subplots()
     first = len(losses) // 20
-    steps = range(first + 1, len(losses) + 1)
-    axes.plot(steps, losses[first:], linewidth=0.5, label="training")
-    shown = [entry for entry in log if entry["step"] > first]
-    whole = [entry for entry in shown if "val_loss" in entry]
+    axes.plot(range(first + 1, len(losses) + 1), losses[first:], linewidth=0.5, label="training")
+    kinds = {"val_loss": "validation, all tokens"}
     if part is not None:
-        axes.plot(
-            [entry["step"] for entry in shown],
-            [entry["val_loss_part"] for entry in shown],
-            "o-",
-            label=f"validation, the first {part:,} tokens",
-        )
-    axes.plot(
-        [entry["step"] for entry in whole],
-        [entry["val_loss"] for entry in whole],
-        "*--",
-        label="validation, all tokens",
-    )
+        kinds["val_loss_part"] = f"validation, the first {part:,} tokens"
+    for key, label in kinds.items():
+        shown = [entry for entry in log if entry["step"] > first and key in entry]
+        steps = [entry["step"] for entry in shown]
+        axes.plot(steps, [entry[key] for entry in shown], "o-", label=label)
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.legend()
     return axes.figure
