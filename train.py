@@ -55,6 +55,8 @@ try:
 except ImportError:  # on Windows
     import msvcrt
 
+    fcntl = None
+
 
 # --- Configuration: defaults, under a preset, under flags. The dataclasses are the command line ---
 
@@ -557,11 +559,12 @@ def compile_model(model, wanted, device):
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(4, device=device))
     except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
         if wanted:
             raise UserError(
-                f"--compile cannot be used here ({describe_error(error)}); take --no-compile"
+                f"--compile cannot be used here ({reason}); take --no-compile"
             ) from None
-        say(f"training without torch.compile, which cannot be used here ({describe_error(error)})")
+        say(f"training without torch.compile, which cannot be used here ({reason})")
         return model
     return torch.compile(model)
 
@@ -781,7 +784,7 @@ def lock_run_folder(folder):
     digest = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()
     with open(Path(tempfile.gettempdir(), f"train-{user}-{digest[:16]}.lock"), "ab") as file:
         try:
-            if os.name == "nt":
+            if fcntl is None:
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
