@@ -1,30 +1,40 @@
 """Trains a GPT with any of the five attentions.
 
-    python train.py                                         tiny Shakespeare: a minute on a laptop's CPU
-    python train.py --preset=gpu                            nanoGPT's 10.7M baby GPT (the default where there is CUDA)
-    torchrun --nproc_per_node=8 train.py --preset=gpt2      GPT-2 124M on OpenWebText
-    python train.py --resume                                goes on with the newest run, exactly
+    python train.py                                      tiny Shakespeare: a minute on a laptop's CPU
+    python train.py --preset=gpu                         nanoGPT's 10.7M baby GPT (default with CUDA)
+    torchrun --nproc_per_node=8 train.py --preset=gpt2   GPT-2 124M on OpenWebText
+    python train.py --resume                             goes on with the newest run, exactly
 
-A run is a folder: log.jsonl (a line for each evaluation), loss.png, and the checkpoints last.pt and best.pt. What is
-random in step i is a function of (seed, i): its batch, however many processes share it, and in each process its
-dropout. So a run that was stopped and resumed computes the same numbers as one that was not.
+A run is a folder: config.json, log.jsonl (a line for each evaluation), loss.png and the checkpoints
+last.pt and best.pt. All that is random in step i follows from (seed, i): its batch, however many
+processes share it, and in each process its dropout. So a run that was stopped and resumed computes
+the same numbers as one that was not. `main`, at the end of this file, is the whole story.
 """
 
+import contextlib
+import gc
+import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
-import sqlite3
 import sys
+import tempfile
+import threading
 import time
-from argparse import SUPPRESS, BooleanOptionalAction
+import traceback
+import warnings
+from argparse import SUPPRESS, ArgumentTypeError
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import prepare
 from model import CHECKPOINT_FORMAT, GPT, GPTConfig, option
@@ -40,14 +50,15 @@ from prepare import (
     write_atomically,
 )
 
-# This process among those that torchrun starts. Each has the whole model, and computes on its share of every batch.
-RANK, WORLD = (
-    (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    if dist.is_torchelastic_launched()
-    else (0, 1)
-)
+try:
+    import fcntl
+except ImportError:  # on Windows
+    import msvcrt
 
-# --- Configuration: defaults, under a preset, under flags. The two dataclasses are the command line ------------------
+    fcntl = None
+
+
+# --- Configuration: defaults, under a preset, under flags. The dataclasses are the command line ---
 
 PRESETS = {
     "cpu": dict(
@@ -62,7 +73,8 @@ PRESETS = {
         warmup_steps=20,
         weight_decay=0.2,
         beta2=0.95,
-        eval_interval=600,
+        eval_interval=120,
+        eval_tokens=8192,
     ),
     "gpu": dict(
         n_layer=6,
@@ -95,94 +107,104 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train it: a preset (below) sets many flags, whatever their defaults here say; the flags you give win."""
+    """How to train it. A preset (below) sets many flags, whatever their defaults here say; the flags
+    that you give win."""
 
     preset: str | None = option(
-        None, "see below (default: gpu where there is CUDA, else cpu)", PRESETS
+        None,
+        "a set of defaults, listed below (default: gpu where there is CUDA, else cpu)",
+        PRESETS,
     )
     dataset: str | None = option(
         None, "a folder of data/ (default: tiny Shakespeare, or pydoc if there is no network)"
     )
-    out: str | None = option(None, "the run's folder (default: a new one in out/)")
-    resume: bool = option(
-        False, "go on with the run in --out, or with the newest, from its last.pt"
+    out: str | None = option(
+        None, "the run's folder (default: a new one in out/, named after the flags that are given)"
     )
-    seed: int = option(1337, "of weights, batches and dropout")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps ...")
+    resume: bool = option(
+        False, "go on with the run in --out, or else with the newest, from its last.pt"
+    )
+    restartable: bool = option(
+        False,
+        "begin the run in --out, or go on with it if it has begun: for queues and for torchrun "
+        "--max_restarts, which give the same command again",
+    )
+    seed: int = option(1337, "the number that weights, batches and dropout follow from")
+    device: str = option("auto", "what computes: auto, cpu, cuda, cuda:1, mps ...")
     threads: int | None = option(
-        None, "on a CPU (default: OMP_NUM_THREADS, or as many as cores, less the busy ones)"
+        None,
+        "threads that a CPU computes with (default: OMP_NUM_THREADS, or one for each core that is "
+        "not busy)",
     )
     dtype: str = option(
         "auto",
-        "of matrix products (auto: bfloat16 if CUDA has it)",
+        "the numbers in matrix products (auto: bfloat16 if CUDA has it, else float32)",
         ("auto", "float32", "bfloat16"),
     )
     kernel: str = option(
         "auto",
-        "of qv and qv_ka (triton: kernel.py, CUDA; auto: torch)",
+        "what computes attention: torch, or triton for kernel.py, on CUDA (auto: torch)",
         ("auto", "torch", "triton"),
     )
-    compile: bool | None = option(None, "torch.compile the model (default: on CUDA only)")
+    compile: bool | None = option(
+        None, "make the model faster by torch.compile (default: on CUDA only)"
+    )
     batch_size: int = option(
         64, "sequences in one optimizer step, over all processes and micro-batches together"
     )
     micro_batch_size: int | None = option(
         None,
-        "sequences in one forward pass of one process; gradients are "
-        "accumulated up to batch_size (default: all at once)",
+        "sequences in one forward pass of one process; gradients are accumulated up to batch_size "
+        "(default: all at once)",
     )
     max_steps: int = option(5000, "optimizer steps")
     optimizer: str = option(
-        "adamw", "of all matrices but embeddings; the rest has AdamW", ("adamw", "muon")
+        "adamw",
+        "what moves the matrices in the blocks; AdamW moves all else",
+        ("adamw", "muon"),
     )
-    learning_rate: float = option(
-        1e-3, "without warm-up; falls by a cosine to a tenth at max_steps"
-    )
-    warmup_steps: int = option(
-        100, "first steps, in which the rate is scaled by a factor that grows to 1"
-    )
-    weight_decay: float = option(0.1, "on matrices only")
-    beta2: float = option(0.99, "AdamW's second moment; beta1 is 0.9")
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0 is no limit")
+    learning_rate: float = option(1e-3, "peak learning rate; decays by a cosine to a tenth")
+    warmup_steps: int = option(100, "first steps, in which the learning rate grows to its peak")
+    weight_decay: float = option(0.1, "decay of matrices; vectors have none")
+    beta2: float = option(0.99, "decay of AdamW's second moment; beta1 is 0.9")
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 sets no limit")
     eval_interval: int = option(250, "steps from one evaluation, and checkpoint, to the next")
     eval_tokens: int | None = option(
-        None, "validate on so many tokens only (default: the whole validation split)"
+        None,
+        "tokens of the validation split that evaluations predict, but for the last, which predicts "
+        "all (default: all)",
     )
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            least = name in (
-                "threads",
-                "batch_size",
-                "micro_batch_size",
-                "max_steps",
-                "eval_interval",
-                "eval_tokens",
-            )
-            end = {"beta2": 1, "batch_size": 2**20}.get(name, math.inf)
-            if isinstance(value, (int, float)) and not least <= value < end:
-                raise UserError(
-                    f"{name}={value} must be at least {int(least)}, and less than {end}"
-                )
+        for name in "batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_tokens":
+            self.check_range(name, least=1)
+        self.check_range("threads", least=1)
+        for name in "seed", "learning_rate", "warmup_steps", "weight_decay", "beta2", "grad_clip":
+            self.check_range(name, least=0)
+        if self.beta2 >= 1:
+            raise UserError(f"beta2={self.beta2} must be less than 1")
         unit = WORLD * (self.micro_batch_size or 1)
         if self.batch_size % unit:
             raise UserError(
-                f"batch_size={self.batch_size} must be a multiple of {unit}, micro_batch_size x processes"
+                f"batch_size={self.batch_size} must be a multiple of {unit}, "
+                "micro_batch_size x processes"
             )
 
+    def check_range(self, name, least):
+        value = getattr(self, name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"{name}={value} must be a number of at least {least}")
 
-# How a flag is read, by its type; and the flags that a resumed run may be given anew. Without them it goes on exactly.
-READ = {
-    int: parse_int,
-    int | None: parse_int,
-    float: float,
-    float | None: float,
-    str: str,
-    str | None: str,
-}
+    def rows(self):
+        """Sequences in a forward pass."""
+        return self.micro_batch_size or self.batch_size // WORLD
+
+
+# The flags that may be others when a run goes on. Without them it goes on exactly.
 MAY_CHANGE = {
     "out",
     "resume",
+    "restartable",
     "device",
     "threads",
     "dtype",
@@ -196,78 +218,239 @@ MAY_CHANGE = {
     "grad_clip",
     "eval_interval",
 }
+# The flags that do not make another model, so that the run's folder is not named after them.
+UNNAMED = {
+    "dataset",
+    "attention",
+    "pos",
+    "out",
+    "resume",
+    "restartable",
+    "device",
+    "threads",
+    "dtype",
+    "kernel",
+    "compile",
+    "micro_batch_size",
+}
+
+
+def parse_bool(text):
+    """The bool of a flag such as --compile=False."""
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
+        raise ArgumentTypeError(f"{text} must be True or False")
+    return values[text.lower()]
+
+
+# How the text of a flag is read, by the flag's type.
+PARSERS = {
+    int: parse_int,
+    int | None: parse_int,
+    float: float,
+    float | None: float,
+    str: str,
+    str | None: str,
+    bool: parse_bool,
+    bool | None: parse_bool,
+}
 
 
 def parse(argv=None):
     """The flags that were given, as a dict."""
-    presets = (
-        f"  {name:5} " + " ".join(f"{k}={v}" for k, v in preset.items())
-        for name, preset in PRESETS.items()
-    )
-    parser = new_parser(
-        __doc__, argument_default=SUPPRESS, epilog="\n".join(["presets:", *presets])
-    )
+    presets = ["presets:"]
+    for name, preset in PRESETS.items():
+        settings = " ".join(f"{key}={value}" for key, value in preset.items())
+        presets.append(f"  {name:5} {settings}")
+    parser = new_parser(__doc__, argument_default=SUPPRESS, epilog="\n".join(presets))
     for config in TrainConfig, GPTConfig:
         group = parser.add_argument_group(config.__name__, config.__doc__.split(". ")[0])
         for field in fields(config):
-            flag, choices = f"--{field.name}", field.metadata["choices"]
-            help = field.metadata["help"] + (
-                "" if field.default is None else f" (default: {field.default})"
-            )
-            if field.type in (bool, bool | None):
-                group.add_argument(flag, action=BooleanOptionalAction, help=help)
-            elif field.name != "vocab_size":  # that is the data set's to say
-                group.add_argument(flag, type=READ[field.type], choices=choices, help=help)
+            if field.name == "vocab_size":  # the data set's to say
+                continue
+            help, choices = field.metadata["help"], field.metadata["choices"]
+            if field.default is not None:
+                help += f" (default: {field.default})"
+            kind = dict(type=PARSERS[field.type], choices=choices)
+            if field.type in (bool, bool | None):  # --compile, --compile=False, --no-compile
+                no = dict(action="store_false", default=SUPPRESS, help=SUPPRESS)
+                group.add_argument(f"--no-{field.name}", dest=field.name, **no)
+                kind |= dict(nargs="?", const=True, metavar="False")
+            group.add_argument(f"--{field.name}", help=help, **kind)
     return vars(parser.parse_args(argv))
 
 
-def configure(given, past=None):
-    """TrainConfig and GPTConfig: defaults, under a preset or the checkpoint of a run to resume, under given flags."""
-    if past is None:
-        preset = given.get(
-            "preset", "gpu" if torch.cuda.is_available() and given.get("device") != "cpu" else "cpu"
-        )
+def configure(given, checkpoint=None):
+    """TrainConfig and GPTConfig: the given flags, over a preset and defaults or, where a run goes on,
+    over its checkpoint. Raises UserError for flags that do not fit."""
+    if checkpoint is None:
+        cuda = torch.cuda.is_available() and given.get("device") != "cpu"
+        preset = given.get("preset", "gpu" if cuda else "cpu")
         stored = {**PRESETS[preset], "preset": preset}
     else:
-        stored = {**past["train_config"], **past["model_config"]}
-        for name in sorted(given.keys() - MAY_CHANGE):
-            if given[name] != stored[name]:
-                raise UserError(
-                    f"--{name}={given[name]} cannot change a run in the middle, which has {stored[name]}"
-                )
-    values = {**stored, **({"threads": None} if "OMP_NUM_THREADS" in os.environ else {}), **given}
+        stored = {**checkpoint["train_config"], **checkpoint["model_config"]}
+    if "OMP_NUM_THREADS" in os.environ:
+        stored["threads"] = None
+    values = {**stored, **given}
     train, config = (
         kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
         for kind in (TrainConfig, GPTConfig)
     )
-    for field in fields(GPTConfig):
-        for other, wanted in field.metadata["only"].items():
-            if field.name in given and getattr(config, other) not in wanted:
-                raise UserError(
-                    f"--{field.name} counts only with --{other}={' or '.join(wanted)}; leave it out"
-                )
+    refuse_idle_flags(given, config)
+    if checkpoint is not None:
+        refuse_changes(given, checkpoint, {**asdict(train), **asdict(config.resolve())})
     return train, config
 
 
-# --- The machine: a device, its threads and a precision ---------------------------------------------------------
+def refuse_idle_flags(given, config):
+    """Raises UserError where a flag does not count with the others, such as --d_ctx for qkv."""
+    for field in fields(config):
+        for other, wanted in field.metadata["only"].items():
+            value = getattr(config, other)
+            if field.name in given and value not in wanted:
+                raise UserError(
+                    f"--{field.name} counts only with --{other}={' or '.join(wanted)}; leave it out "
+                    f"(or, if your own {value} takes it, add that to its `only` in model.py)"
+                )
+
+
+def refuse_changes(given, checkpoint, new):
+    """Raises UserError where a given flag would change what a run that goes on has to keep."""
+    old_config = GPTConfig(**checkpoint["model_config"]).resolve()
+    old = {**checkpoint["train_config"], **asdict(old_config)}
+    for name in sorted(given.keys() - MAY_CHANGE):
+        if new[name] != old[name]:
+            raise UserError(
+                f"--{name}={given[name]} cannot change a run in the middle, which has {old[name]}"
+            )
+
+
+# --- Processes: each has the whole model, and computes on its share of every batch ----------------
+
+
+def rank_and_world():
+    """This process's number among those that torchrun, mpirun or srun started, and how many these
+    are."""
+    for rank, world in (
+        ("RANK", "WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ):
+        if rank in os.environ and world in os.environ:
+            return int(os.environ[rank]), int(os.environ[world])
+    return 0, 1
+
+
+RANK, WORLD = rank_and_world()
+
+
+@contextlib.contextmanager
+def process_group():
+    """Inside, the processes can exchange numbers. Raises UserError where they cannot meet."""
+    if WORLD == 1:
+        yield
+        return
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise UserError(
+            f"this is process {RANK + 1} of {WORLD}, but none knows where to meet the others: start "
+            "them by torchrun, or set MASTER_ADDR and MASTER_PORT to the first one's address"
+        )
+    from torch.distributed import nn  # noqa: F401 (imported inside a group, it would keep it)
+
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, rank=RANK, world_size=WORLD)
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        gc.collect()  # a model that still has the group would wait for ever when it goes
+        dist.destroy_process_group()
+
+
+def say(*words):
+    """Prints, in the first process only."""
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def in_first(function, *arguments):
+    """Calls a function in the first process only. Returns in all what it gave there."""
+    results = [function(*arguments) if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(results)
+    return results[0]
+
+
+def add_up(*numbers):
+    """The sum of each number over all processes."""
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    if WORLD > 1:
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def leave(sentence):
+    """Ends the run in all processes, for a reason that all of them know. The first one says it."""
+    if RANK > 0:
+        sys.exit(1)
+    raise UserError(sentence)
+
+
+@contextlib.contextmanager
+def explained_errors():
+    """Makes sentences of what may go wrong anywhere: memory that runs out, a process that is gone."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = f"{type(error).__name__}: {error}"
+        if re.search("by peer|remote process", words):  # which has said why
+            sys.exit(1)
+        if re.search("memoryerror|out of memory|(not enough|allocate) memory", words.lower()):
+            raise UserError(
+                "memory ran out; lower --micro_batch_size, or else --n_embd, --n_layer, --block_size"
+            ) from None
+        raise
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """Inside, Ctrl-C and the like only add to a list, which is given. A second one interrupts at once
+    (but torchrun sends each twice). Signals reach the main thread only, and leave any other alone."""
+    requests, handlers = [], {}
+
+    def note(number, frame):
+        if requests and WORLD == 1:
+            raise KeyboardInterrupt
+        requests.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                handlers.setdefault(number, signal.signal(number, note))
+    try:
+        yield requests
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# --- The machine: a device, its threads, a precision, a kernel, a compiler ------------------------
 
 
 def choose_device(name, threads=None):
-    """The torch.device of that name; auto is CUDA or MPS where there is one, else the CPU. Raises UserError. A CPU
-    computes with so many threads; None is up to choose_threads."""
+    """The torch.device of that name; auto is CUDA or MPS where there is one, else the CPU. Raises
+    UserError. A CPU computes with so many threads; None leaves that to choose_threads."""
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     try:
+        if name == "cuda" and WORLD > 1:  # a GPU for each process
+            torch.cuda.set_device(RANK % torch.cuda.device_count())
         torch.empty(1, device=name).tolist()
-    except (RuntimeError, AssertionError) as error:  # no such backend, or none in this build
+    except (RuntimeError, AssertionError, ArithmeticError) as error:  # no such device or backend
         raise UserError(
             f"--device={name} cannot be used here ({describe_error(error)}); take --device=cpu"
         ) from None
@@ -277,428 +460,659 @@ def choose_device(name, threads=None):
     return torch.device(name)
 
 
+CORES = torch.get_num_threads()  # as many threads as PyTorch takes by itself
+
+
 def choose_threads(wanted=None):
-    """Threads wait for one another after every product: beside a program that keeps a core busy, one for each core are
-    many times slower than fewer. Where no number is `wanted`, nor OMP_NUM_THREADS set, measures for 0.3 s how many
-    cores this process is given, and takes as many threads."""
-    cores = torch.get_num_threads()
-    if wanted is None and "OMP_NUM_THREADS" not in os.environ and cores > 1:
-        x, wall, cpu = torch.zeros(cores << 16), time.perf_counter(), time.process_time()
-        while time.perf_counter() - wall < 0.3:
-            x.sin_()  # work for all of them
-        wanted = max(1, int((time.process_time() - cpu) / (time.perf_counter() - wall) + 0.3))
-        if wanted < cores:
+    """Sets the number of threads. They wait for one another after every product, so beside a program
+    that keeps a core busy, one for each core are many times slower than fewer. Where no number is
+    wanted, nor OMP_NUM_THREADS set, as many are taken as there are cores that are free."""
+    if wanted is None:
+        wanted = CORES
+        if "OMP_NUM_THREADS" not in os.environ and CORES > 1:
+            wanted = free_cores()
+        if wanted < CORES:
             print(
-                f"other programs use the CPU: {wanted} of {cores} threads (OMP_NUM_THREADS has it otherwise)",
+                f"using {wanted} of {CORES} threads, for other programs keep the CPU busy; set "
+                "OMP_NUM_THREADS to change that",
                 file=sys.stderr,
             )
-    elif wanted is not None and wanted > os.cpu_count():
-        print(
-            f"{wanted} threads are not to be had here: {cores}, so the last digits may differ",
-            file=sys.stderr,
-        )
-        wanted = cores
-    torch.set_num_threads(wanted or cores)
+    torch.set_num_threads(min(wanted, max(CORES, os.cpu_count())))
+
+
+def free_cores():
+    """How many cores this process is given when it asks for all: measured for 0.1 s, and for 0.3 s
+    if it did not get them all."""
+    torch.set_num_threads(CORES)
+    x = torch.zeros(CORES << 16)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for seconds in 0.1, 0.3:
+        while time.perf_counter() - wall < seconds:
+            x.sin_()  # work for all of them
+        share = (time.process_time() - cpu) / (time.perf_counter() - wall)
+        if share > CORES - 0.3:
+            return CORES
+    return max(1, int(share + 0.3))
 
 
 def autocast(device, dtype):
-    """The context of a forward pass: matrix products in that dtype, all else in float32. auto is bfloat16 where a CUDA
-    device has it, else float32."""
+    """The context of a forward pass: matrix products in that dtype, all else in float32. auto is
+    bfloat16 where a CUDA device has it, else float32."""
     if dtype == "auto":
         bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if bfloat16 else "float32"
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
-# --- One step: its data, its rate, its gradients; and the measure of what was learned --------------------------------
+def choose_kernel(model, name, context):
+    """Has the model attend by kernel.py if `name` is triton, once a trial in that autocast context
+    gave what PyTorch gives. Returns what is used, torch or triton; auto is torch: the kernel gains
+    in long sequences with agf. Raises UserError, and leaves the model with PyTorch."""
+    if name != "triton":
+        return "torch"
+    tolerance = 1e-2 if context.fast_dtype == torch.float32 else 1e-1
+    try:
+        expected = try_model(model, context)
+        model.use_kernel()
+        for what, result in try_model(model, context).items():
+            if result is None:
+                continue
+            error = (result - expected[what]).norm() / expected[what].norm()
+            if not error < tolerance:  # nor is NaN
+                raise ValueError(f"{what} is off by {error:.1%}")
+    except Exception as error:  # a compiler's errors are of many kinds
+        model.use_kernel(False)
+        raise UserError(
+            f"--kernel=triton cannot be used here ({describe_error(error)}); take --kernel=torch"
+        ) from None
+    return name
 
 
-def windows(data, starts, length, device):
-    """Inputs and targets (len(starts), length): the tokens from each start on, and those one further."""
-    tokens = torch.from_numpy(data[starts[:, None] + np.arange(length + 1)].astype(np.int64)).to(
-        device
-    )
-    return tokens[:, :-1], tokens[:, 1:]
+def try_model(model, context):
+    """What the model computes of a text of random tokens, {what: tensor}: a loss, and in training all
+    gradients (None, of parameters that are not used), otherwise the logits of a token that is decoded
+    by a cache."""
+    device, config = model.wte.weight.device, model.config
+    random = torch.Generator().manual_seed(0)
+    length = min(config.block_size, 1024)
+    idx = torch.randint(config.vocab_size, (1, length), generator=random).to(device)
+    with context:
+        _, loss = model(idx, idx.roll(-1, dims=1))
+    results = {"the loss": loss.detach()}
+    if model.training:
+        learning = {name: w for name, w in model.named_parameters() if w.requires_grad}
+        gradients = torch.autograd.grad(loss, learning.values(), allow_unused=True)
+        results |= {f"the gradient of {name}": g for name, g in zip(learning, gradients)}
+    else:
+        cache = model.new_cache()
+        with context, torch.no_grad():
+            model(idx[:, :-1], cache=cache)
+            results["a decoded token"], _ = model(idx[:, -1:], cache=cache)
+    return results
 
 
-def batch(data, train, block_size, step, device, rank=RANK, world=WORLD):
-    """This process's share of a step's sequences (batch_size / world, block_size), a function of (seed, step) alone."""
-    starts = np.random.default_rng((train.seed, step)).integers(
-        len(data) - block_size, size=train.batch_size
-    )
-    return windows(data, np.split(starts, world)[rank], block_size, device)
+def compile_model(model, wanted, device):
+    """The model by torch.compile if that is wanted, or None and there is CUDA. Raises UserError where
+    it is wanted but has no compiler here; where it is only the default, goes on without."""
+    if wanted is None and device.type != "cuda" or wanted is False:
+        return model
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(4, device=device))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if wanted:
+            raise UserError(
+                f"--compile cannot be used here ({reason}); take --no-compile"
+            ) from None
+        say(f"training without torch.compile, which cannot be used here ({reason})")
+        return model
+    return torch.compile(model)
 
 
-def learning_rate(step, train):
-    """Linear warm-up, then half a cosine down to a tenth at max_steps."""
-    warmup = min(1.0, (step + 1) / (train.warmup_steps + 1))
-    return (
-        train.learning_rate
-        * warmup
-        * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / train.max_steps)))
-    )
+def share_gradients(model, forward, context):
+    """The forward pass of a process among others: all begin with the weights of the first, and each
+    backward pass ends with the mean of their gradients."""
+    if WORLD == 1:
+        return forward
+    unused = any(tensor is None for tensor in try_model(model, context).values())
+    with warnings.catch_warnings():  # of a new name for broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            forward, broadcast_buffers=False, find_unused_parameters=unused
+        )
 
 
-class Muon(torch.optim.AdamW):
-    """For groups marked `muon`, which are of one shape, Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon):
-    momentum, made orthogonal, and scaled to the size of AdamW's steps (arXiv:2502.16982). For the others AdamW."""
+# --- Optimizers: Muon for the matrices in the blocks, AdamW for all else --------------------------
+
+
+class QuickStart:
+    """PyTorch wraps these methods of its optimizers in a function that imports its compiler first,
+    which takes a second or two. Here they are without that."""
+
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    state_dict = torch.optim.Optimizer.state_dict.__wrapped__
+    load_state_dict = torch.optim.Optimizer.load_state_dict.__wrapped__
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
+
+
+class AdamW(QuickStart, torch.optim.AdamW):
+    step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)
+
+
+class Muon(QuickStart, torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon), for matrices, or stacks of them:
+    momentum, made orthogonal, and scaled to the size of AdamW's steps (arXiv:2502.16982)."""
+
+    def __init__(self, params, lr=1e-2, weight_decay=0.1, momentum=0.9):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
-            if group["muon"]:
-                weights, rate = group["params"], group["lr"]
-                means = [
-                    self.state[w].setdefault("mean", torch.zeros_like(w)).lerp_(w.grad, 0.1)
-                    for w in weights
-                ]
-                steps = torch.stack(
-                    [w.grad.lerp(mean, 0.9) for w, mean in zip(weights, means)]
-                )  # Nesterov's
-                steps = orthogonal(steps.flatten(0, -3)).view_as(steps) * (
-                    0.2 * max(steps.shape[-2:]) ** 0.5
-                )
-                for w, step in zip(weights, steps):
-                    w.mul_(1 - rate * group["weight_decay"]).sub_(step, alpha=rate)
-                    w.grad = None  # nothing is left for AdamW to do
-        super().step()
+            # Matrices of one shape are made orthogonal together.
+            by_shape = defaultdict(list)
+            for w in group["params"]:
+                if w.grad is not None:
+                    by_shape[w.shape].append(w)
+            for weights in by_shape.values():
+                self.move(weights, group)
+        return loss
+
+    def move(self, weights, group):
+        ahead = []
+        for w in weights:
+            mean = self.state[w].setdefault("mean", torch.zeros_like(w))
+            mean.lerp_(w.grad, 1 - group["momentum"])
+            ahead.append(w.grad.lerp(mean, group["momentum"]))  # Nesterov's
+        ahead = torch.stack(ahead)  # (number, m, n) or (number, heads, m, n)
+        steps = orthogonal(ahead.flatten(0, -3)).view_as(ahead)
+        steps *= 0.2 * max(ahead.shape[-2:]) ** 0.5
+        for w, step in zip(weights, steps):
+            w.mul_(1 - group["lr"] * group["weight_decay"])
+            w.sub_(step, alpha=group["lr"])
 
 
 def orthogonal(x):
-    """Matrices x (N, m, n), with singular values brought near 1: Polar Express (arXiv:2505.16932), its first steps."""
+    """Matrices x (N, m, n), with singular values s brought near 1: Polar Express (arXiv:2505.16932),
+    its first three steps, s <- a s + b s^3 + c s^5. As matrices these are x <- (a + b g + c g^2) x
+    with g = x x^T; but all can be done to g, which is small, and to x their product, at the end."""
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
     x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    product, factor, g = None, None, x @ x.mT  # (N, m, m)
     for a, b, c in (
         (8.28721, -23.59589, 17.30039),
         (4.10706, -2.94785, 0.54484),
         (3.94869, -2.90890, 0.55182),
     ):
-        square = x @ x.mT  # x <- (a + b x x^T + c (x x^T)^2) x
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x
+        if product is not None:
+            g = factor @ g @ factor
+        factor = torch.baddbmm(g, g, g, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+    return product @ x
 
 
-def make_optimizer(model, train):
-    """Weight decay pulls on matrices, not on gains and exponents; Muon moves matrices, but for embeddings."""
-    groups = {}
-    for name, weights in model.named_parameters():
-        decay = train.weight_decay if weights.dim() > 1 else 0.0
-        muon = (
-            train.optimizer == "muon" and weights.dim() > 1 and not name.startswith("w")
-        )  # wte, wpe
-        groups.setdefault((decay, muon and weights.shape), []).append(weights)
+def make_optimizers(model, train):
+    """Muon, if it is wanted, and AdamW. Weight decay pulls on matrices, not on gains and exponents."""
+    matrices = [w for w in model.parameters() if w.dim() > 1]
+    vectors = [w for w in model.parameters() if w.dim() == 1]
+    optimizers = []
+    if train.optimizer == "muon":
+        moved = [w for w in model.blocks.parameters() if w.dim() > 1]
+        optimizers.append(Muon(moved, lr=0.0, weight_decay=train.weight_decay))
+        known = {id(w) for w in moved}
+        matrices = [w for w in matrices if id(w) not in known]
     groups = [
-        dict(params=weights, weight_decay=decay, muon=bool(shape))
-        for (decay, shape), weights in groups.items()
+        dict(params=matrices, weight_decay=train.weight_decay),
+        dict(params=vectors, weight_decay=0.0),
     ]
-    return Muon(
-        groups,
-        lr=0.0,
-        betas=(0.9, train.beta2),
-        fused=groups[0]["params"][0].device.type in ("cuda", "cpu"),
-    )
+    fused = model.wte.weight.device.type in ("cuda", "cpu")
+    optimizers.append(AdamW(groups, lr=0.0, betas=(0.9, train.beta2), fused=fused))
+    return optimizers
 
 
-def add_up(numbers):
-    """Replaces a tensor in every process by the sum of all of them."""
-    if WORLD > 1:
-        dist.all_reduce(numbers)
-    return numbers
+# --- One step: its batch, its rate, its gradients; and the measure of what was learned ------------
+
+
+def windows(data, starts, length, device):
+    """Inputs and targets (len(starts), length): the tokens from each start on, and those one further.
+    They are copied to a GPU from pinned memory, while it and Python go on."""
+    tokens = torch.from_numpy(data[starts[:, None] + np.arange(length + 1)].astype(np.int64))
+    if device.type == "cuda":
+        tokens = tokens.pin_memory()
+    tokens = tokens.to(device, non_blocking=True)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def batch(data, train, block_size, step, device, rank=RANK, world=WORLD):
+    """This process's share of a step's sequences (batch_size / world, block_size), a function of
+    (seed, step) alone."""
+    random = np.random.default_rng((train.seed, step))
+    starts = random.integers(len(data) - block_size, size=train.batch_size)
+    return windows(data, np.split(starts, world)[rank], block_size, device)
+
+
+def learning_rate(step, train):
+    # 1. A cosine takes the rate from its peak to a tenth of that, at max_steps and after.
+    done = min(1.0, step / train.max_steps)
+    rate = train.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+    # 2. In the first steps, a factor that grows to 1 is for warming up.
+    if step < train.warmup_steps:
+        rate *= (step + 1) / (train.warmup_steps + 1)
+    return rate
+
+
+def train_step(model, optimizers, train, step, x, y, context):
+    """Moves the weights by one step on a batch. Returns the mean loss of this process's share, in
+    nats: a tensor on the device, which nobody has waited for."""
+    seeds = np.random.SeedSequence((train.seed, step, RANK))
+    torch.manual_seed(int(seeds.generate_state(1)[0]))  # of dropout
+    micro, mean_loss = train.rows(), 0.0
+    for start in range(0, len(x), micro):
+        if WORLD > 1:  # gradients are exchanged once, after the last micro-batch
+            model.require_backward_grad_sync = start + micro == len(x)
+        with context:
+            _, loss = model(x[start : start + micro], y[start : start + micro])
+        loss = loss * (micro / len(x))  # its part of the mean
+        loss.backward()  # gradients add up
+        mean_loss += loss.detach()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip or math.inf)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, train)
+        optimizer.step()
+        optimizer.zero_grad()
+    return mean_loss
 
 
 @torch.no_grad()
 def evaluate(model, data, batch_size, context, eval_tokens=None, rank=RANK, world=WORLD):
-    """Predicts the first eval_tokens tokens of data, or all, each once, from those before it in windows of block_size,
-    batch_size windows at a time. Returns the sum of the losses in this process's share, in nats, and their number."""
-    model.eval()
+    """Predicts the first eval_tokens tokens of data, or all, each once, from those before it in
+    windows of block_size, batch_size windows at a time. Returns the sum of the losses in this
+    process's share, in nats, and their number."""
     block_size, predicted = model.config.block_size, min(len(data) - 1, eval_tokens or len(data))
     starts = np.arange(0, predicted - block_size + 1, block_size)
     parts = [(starts[i : i + batch_size], block_size) for i in range(0, len(starts), batch_size)]
     if rest := predicted % block_size:
         parts.append((np.array([predicted - rest]), rest))  # a shorter window
+    progress = Progress(len(parts))
+    model.eval()
     loss_sum, count = 0.0, 0
-    for part in parts[rank::world]:
-        x, y = windows(data, *part, model.wte.weight.device)
+    for number in range(rank, len(parts), world):
+        if rank == 0:
+            progress(number, "validating ...")
+        x, y = windows(data, *parts[number], model.wte.weight.device)
         with context:
             loss_sum += model(x, y)[1].item() * y.numel()
         count += y.numel()
     model.train()
+    progress.clear()
     return loss_sum, count
 
 
-# --- A run, from its first step, or from where it was stopped, to its last -------------------------------------------
+# --- A run's folder -------------------------------------------------------------------------------
 
 
-def claim(folder, new):
-    """Makes a run's folder its own: locks it until this process ends, however it does, and removes what one that was
-    killed there was writing. Raises UserError where another has it, or where there is a run in a new one."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = sqlite3.connect(
-            folder / "lock", timeout=0.5
-        )  # the system's own; with no wait, two at once both fail
-        lock.execute("BEGIN EXCLUSIVE")
-    except (OSError, sqlite3.Error) as error:
+@dataclass
+class Run:
+    """What a checkpoint holds beside weights and what optimizers remember."""
+
+    out: Path
+    train: TrainConfig
+    tokenizer: dict  # the data set's, as in its meta.json
+    data_sha256: dict
+    losses: list  # of each step, in nats a token
+    log: list  # of each evaluation, a dict
+    seconds: float  # in all steps
+
+
+@contextlib.contextmanager
+def lock_run_folder(folder):
+    """Inside, the folder is this process's own, and what one that was killed there was writing is
+    removed. The lock is a file in the system's temporary folder, for file systems that machines
+    share may have no locks; it ends with the process, however that ends. Raises UserError where
+    another process has the folder."""
+    if RANK > 0:  # the first process has it for all
+        yield
+        return
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    digest = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()
+    with open(Path(tempfile.gettempdir(), f"train-{user}-{digest[:16]}.lock"), "ab") as file:
+        try:
+            if fcntl is None:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"{folder} is in use by another process; wait for that, or change --out"
+            ) from None
+        except OSError:  # no locks even there: better without than not at all
+            pass
+        for rest in folder.glob("*.tmp"):
+            rest.unlink(missing_ok=True)
+        yield
+
+
+def find_run(given):
+    """The folder of the run to go on with; None if a new one is to begin. Raises UserError."""
+    if given.get("restartable") and "out" not in given:
+        raise UserError("--restartable needs --out, the folder in which to look for the run")
+    begun = "out" in given and Path(given["out"], "last.pt").exists()
+    if not given.get("resume") and not (given.get("restartable") and begun):
+        return None
+    return Path(given["out"]) if "out" in given else newest_run()
+
+
+def name_run(given, train, config):
+    """The folder of a new run: --out, or one in out/ that is named after the data, the attention, the
+    positions and the flags that were given."""
+    if train.out is not None:
+        return Path(train.out)
+    flags = [f"{name}={given[name]}" for name in sorted(given.keys() - UNNAMED)]
+    name = ",".join([f"{train.dataset}-{config.attention}-{config.pos}", *flags])[:120]
+    folder, number = OUT / name, 1
+    while folder.exists():
+        number += 1
+        folder = OUT / f"{name}-{number}"
+    return folder
+
+
+def begin_run(given, locks):
+    """A new run, and its model. The data set is prepared, if it is a small one that is missing; the
+    run's folder is locked, but not made before something is saved in it. Raises UserError."""
+    train, config = configure(given)
+    dataset = in_first(prepare_data, train.dataset)
+    train = replace(train, dataset=dataset)
+    out = in_first(name_run, given, train, config)
+    locks.enter_context(lock_run_folder(out))
+    if RANK == 0 and any(out.glob("*.pt")):
         raise UserError(
-            f"{folder} is in use or cannot be written ({describe_error(error)}); wait, or change --out"
-        ) from None
-    if new and any(folder.glob("*.pt")):
-        raise UserError(
-            f"{folder} holds a run already; go on with it by --resume, or choose another --out"
+            f"{out} holds a run already; go on with it by --resume, or choose another --out"
         )
-    for rest in folder.glob("*.tmp"):
-        rest.unlink(missing_ok=True)
-    return lock
+    meta, _ = prepare.read_dataset(dataset)
+    size = prepare.tokenizer_size(meta["tokenizer"])
+    if size >= 1000:  # GPUs multiply round numbers faster
+        size = -(-size // 64) * 64
+    torch.manual_seed(train.seed)
+    model = GPT(replace(config, vocab_size=size))
+    run = Run(out, train, meta["tokenizer"], meta["sha256"], losses=[], log=[], seconds=0.0)
+    return run, model
 
 
-def plot(losses, log, path):
-    """Draws a run: the training loss of every step, and the validation loss where it was measured."""
+def prepare_data(name):
+    """Prepares a small data set that is missing. Returns the name, which by default depends on
+    whether there is a network."""
+    name, *_ = prepare.load_or_prepare(name)
+    return name
+
+
+def load_run(out, given, locks):
+    """A run to go on with, its model, and what its optimizers remember. Raises UserError."""
+    locks.enter_context(lock_run_folder(out))
+    model, checkpoint = GPT.load(out / "last.pt")
+    train, _ = configure(given, checkpoint)
+    names = "tokenizer", "data_sha256", "losses", "log", "seconds"
+    run = Run(out, train, **{name: checkpoint[name] for name in names})
+    return run, model, checkpoint["optimizers"]
+
+
+def read_data(run, block_size):
+    """The run's data set, {"train": ids, "val": ids}. Raises UserError where it is another than the
+    run began with, or than the first process has."""
+    dataset = run.train.dataset
+    meta, splits = prepare.read_dataset(dataset)
+    if (meta["tokenizer"], meta["sha256"]) != (run.tokenizer, run.data_sha256):
+        raise UserError(
+            f"data set {dataset!r} is not the one that {run.out} was trained on; prepare that again"
+        )
+    if len(splits["train"]) <= block_size:
+        raise UserError(
+            f"block_size={block_size} must be less than the {len(splits['train'])} training tokens"
+        )
+    here = len(run.losses), meta["sha256"]
+    if in_first(lambda: here) != here:
+        raise UserError(
+            f"process {RANK} is at another step than the first, or has other data: all machines need "
+            "the same data/, and to go on with a run they need a folder that they share"
+        )
+    return splits
+
+
+def save(run, model, optimizers, *names):
+    """Writes config.json, log.jsonl and checkpoints of these names. The last of them is last.pt, from
+    which a run goes on: it never knows of more than is there."""
+    weights = torch.stack([parameter.detach().sum() for parameter in model.parameters()])
+    check_finite(weights.sum().item(), run)
+    if RANK == 0:
+        config = dict(train=asdict(run.train), model=asdict(model.config.resolve()))
+        log = "".join(json.dumps(entry) + "\n" for entry in run.log)
+        for name, text in ("config.json", json.dumps(config, indent=1)), ("log.jsonl", log):
+            write_atomically(run.out / name, lambda file: file.write_text(text, encoding="utf-8"))
+        checkpoint = dict(
+            format=CHECKPOINT_FORMAT,
+            model=model.state_dict(),
+            optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers],
+            model_config=asdict(model.config),
+            train_config=asdict(run.train),
+            tokenizer=run.tokenizer,
+            data_sha256=run.data_sha256,
+            losses=run.losses,
+            log=run.log,
+            seconds=run.seconds,
+        )
+        for name in names:
+            write_atomically(run.out / name, lambda file: torch.save(checkpoint, file))
+    add_up(0)  # nobody leaves before that is done
+
+
+def check_finite(number, run):
+    """Ends a run whose loss, or sum of all weights, is not a number any more."""
+    if not math.isfinite(number):
+        leave(
+            f"the loss is {number} at step {len(run.losses):,}: training has diverged; take a smaller "
+            f"--learning_rate, from the start or by --resume --out={run.out}"
+        )
+
+
+def draw_losses(losses, log, part=None):
+    """A picture of a run: its training and validation losses, without the steep first twentieth."""
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(6, 4), layout="constrained").subplots()
-    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.5, label="training")
-    axes.plot(
-        [entry["step"] for entry in log],
-        [entry["val_loss"] for entry in log],
-        "o--",
-        label="validation",
-    )
+    first = len(losses) // 20
+    axes.plot(range(first + 1, len(losses) + 1), losses[first:], linewidth=0.5, label="training")
+    kinds = {"val_loss": "validation, all tokens"}
+    if part is not None:
+        kinds["val_loss_part"] = f"validation, the first {part:,} tokens"
+    for key, label in kinds.items():
+        shown = [entry for entry in log if entry["step"] > first and key in entry]
+        steps = [entry["step"] for entry in shown]
+        axes.plot(steps, [entry[key] for entry in shown], "o-", label=label)
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.legend()
-    write_atomically(path, lambda temporary: axes.figure.savefig(temporary, format="png", dpi=150))
+    return axes.figure
 
 
-class Run:
-    """A run in progress: its configurations, data, model and optimizer, and what has happened so far."""
-
-    def __init__(self, given):
-        self.out, self.asked, past = None, [], None
-        if given.get("resume"):
-            self.out = Path(given["out"]) if "out" in given else newest_run()
-            if RANK == 0 and (self.out / "last.pt").exists():
-                self.lock = claim(self.out, new=False)
-            self.model, past = GPT.load(self.out / "last.pt")
-        train, config = configure(given, past)
-        dataset, meta, self.splits = prepare.load_or_prepare(train.dataset)
-        self.device = choose_device(train.device, train.threads)
-        self.train = replace(train, dataset=dataset, threads=torch.get_num_threads())
-        if past is None:
-            if (tokens := len(self.splits["train"])) <= config.block_size:
-                raise UserError(
-                    f"block_size={config.block_size} must be less than the {tokens} training tokens"
-                )
-            past = dict(
-                tokenizer=meta["tokenizer"],
-                data_sha256=meta["sha256"],
-                losses=[],
-                log=[],
-                seconds=0.0,
-            )
-            torch.manual_seed(train.seed)
-            size = prepare.tokenizer_size(meta["tokenizer"])  # GPUs multiply round numbers faster
-            self.model = GPT(
-                replace(config, vocab_size=size if size < 1000 else -(-size // 64) * 64)
-            )
-        elif (past["tokenizer"], past["data_sha256"]) != (meta["tokenizer"], meta["sha256"]):
-            raise UserError(
-                f"data set {dataset!r} is not the one that {self.out} was trained on; prepare that again"
-            )
-        self.past, self.losses, self.log, self.seconds = (
-            past,
-            past["losses"],
-            past["log"],
-            past["seconds"],
-        )
-        self.context = autocast(self.device, train.dtype)
-        self.kernel = self.model.to(self.device).use_kernel(train.kernel, self.context)
-        compile = self.device.type == "cuda" if train.compile is None else train.compile
-        self.compiled = torch.compile(self.model) if compile else self.model
-        self.optimizer = make_optimizer(self.model, train)
-        for name, weights in self.model.named_parameters():
-            state = past["optimizer"][name] if self.losses else {}
-            self.optimizer.state[weights] = {
-                key: tensor.to(self.device) for key, tensor in state.items()
-            }
-        if RANK == 0 and self.out is None:
-            names = (
-                f"{dataset}-{config.attention}-{config.pos}" + f"-{n}" * (n > 1)
-                for n in range(1, sys.maxsize)
-            )
-            self.out = (
-                Path(train.out)
-                if train.out
-                else next(OUT / name for name in names if not (OUT / name).exists())
-            )
-            self.lock = claim(self.out, new=True)
-
-    def ask(self, number, frame):
-        """A signal: the run is to stop after this step; at a second one, at once (but torchrun sends each twice)."""
-        if self.asked and WORLD == 1:
-            raise KeyboardInterrupt
-        self.asked.append(number)
-
-    def step(self):
-        """One step: what is random in it follows from seed and number alone. Returns whether to stop after it."""
-        train, model, step, started = self.train, self.model, len(self.losses), time.perf_counter()
-        torch.manual_seed(
-            int(np.random.SeedSequence((train.seed, step, RANK)).generate_state(1)[0])
-        )  # dropout
-        x, y = batch(self.splits["train"], train, model.config.block_size, step, self.device)
-        micro, loss_sum = train.micro_batch_size or len(x), 0.0
-        for x_part, y_part in zip(x.split(micro), y.split(micro)):
-            with self.context:
-                _, loss = self.compiled(x_part, y_part)
-            loss = loss * (micro / train.batch_size)  # its part of the mean over all sequences
-            loss.backward()  # gradients add up
-            loss_sum += loss.detach()
-        for parameter in model.parameters():
-            add_up(parameter.grad)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, train)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        loss, stop = add_up(torch.tensor([loss_sum, len(self.asked)], dtype=torch.float64)).tolist()
-        self.losses.append(loss)
-        self.seconds += time.perf_counter() - started
-        self.check_finite(loss)
-        return stop
-
-    def check_finite(self, number):
-        """Where a loss, or the sum of all weights, is no number any more, all processes leave. Rank 0 says why."""
-        if not math.isfinite(number):
-            raise (
-                SystemExit(1)
-                if RANK
-                else UserError(
-                    f"the loss is {number} at step {len(self.losses):,}: training has diverged; take a smaller "
-                    f"--learning_rate, from the start or by --resume --out={self.out}"
-                )
-            )
-
-    def validate(self):
-        """Measures the validation loss, adds it to the log and saves the run."""
-        train, micro = self.train, self.train.micro_batch_size or self.train.batch_size // WORLD
-        part = evaluate(self.model, self.splits["val"], micro, self.context, train.eval_tokens)
-        loss_sum, count = add_up(torch.tensor(part, dtype=torch.float64)).tolist()
-        self.check_finite(loss_sum)
-        step, recent = len(self.losses), self.losses[-100:]
-        entry = dict(
-            step=step,
-            train_loss=sum(recent) / len(recent),
-            val_loss=loss_sum / count,
-            seconds=self.seconds,
-        )
-        best = all(entry["val_loss"] < other["val_loss"] for other in self.log)
-        self.log.append(entry)
-        self.save(*["best.pt"] * best, "last.pt")
-        print(
-            f"step {step:,}: training loss {entry['train_loss']:.4f}, validation loss {entry['val_loss']:.4f}"
-            f"{' (the best so far)' if best else ''}, {format_time(self.seconds)}",
-            flush=True,
-        )
-
-    def save(self, *names):
-        """Writes log.jsonl and checkpoints of these names; last.pt is the last, and knows of no more than is there."""
-        self.check_finite(
-            sum(parameter.detach().sum().item() for parameter in self.model.parameters())
-        )
-        if RANK == 0:
-            lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
-            write_atomically(
-                self.out / "log.jsonl",
-                lambda temporary: temporary.write_text(lines, encoding="utf-8"),
-            )
-            checkpoint = dict(
-                self.past,
-                format=CHECKPOINT_FORMAT,
-                model=self.model.state_dict(),
-                optimizer={
-                    name: self.optimizer.state[w] for name, w in self.model.named_parameters()
-                },
-                model_config=asdict(self.model.config),
-                train_config=asdict(self.train),
-                seconds=self.seconds,
-            )
-            for name in names:
-                write_atomically(
-                    self.out / name, lambda temporary: torch.save(checkpoint, temporary)
-                )
-        add_up(torch.zeros(1))  # nobody leaves before that is done
-
-    def go(self):
-        """Steps until max_steps, or until somebody asks to stop; every eval_interval steps validates and saves."""
-        train, config = self.train, self.model.config
-        for number in signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                signal.signal(number, self.ask)
-        tokens, size = (
-            train.batch_size * config.block_size,
-            sum(weights.numel() for weights in self.model.parameters()),
-        )
-        epochs, dtype = (
-            tokens * train.max_steps / len(self.splits["train"]),
-            str(self.context.fast_dtype)[6:],
-        )
-        print(
-            f"model: {config.attention} attention, {config.pos} positions, {config.n_layer} layers, {config.n_head} "
-            f"heads, {config.n_embd} wide: {size:,} parameters, trained for {len(self.losses):,} steps\n"
-            f"plan:  {train.max_steps:,} steps of {tokens:,} tokens, {epochs:.2g} epochs of {train.dataset}, on "
-            f"{WORLD} x {self.device}, {train.threads} threads, {dtype}, attention by {self.kernel}",
-            flush=True,
-        )
-        self.save(*["last.pt"] * (not self.losses))  # if that fails, now and not in an hour
-        progress = Progress(train.max_steps, len(self.losses))
-        while len(self.losses) < train.max_steps:
-            stop, step = self.step(), len(self.losses)
-            if RANK == 0:
-                progress(
-                    step,
-                    f"step {step:,} of {train.max_steps:,}: loss {self.losses[-1]:.3f}, "
-                    f"{tokens * progress.rate(step):,.0f} tokens/s",
-                )
-            if step % train.eval_interval == 0 or step == train.max_steps:
-                progress.clear()
-                self.validate()
-            if stop and step < train.max_steps:
-                progress.clear()
-                self.save("last.pt")
-                sys.exit(
-                    1
-                    if RANK
-                    else f"stopped after step {step:,}; it is saved: go on by --resume --out={self.out}"
-                )
-        if RANK == 0:
-            plot(self.losses, self.log, self.out / "loss.png")
-        print(
-            f"curves: {self.out}/loss.png; to sample from it: python sample.py --out={shlex.quote(str(self.out))}"
-        )
+# --- The whole story ------------------------------------------------------------------------------
 
 
+def part_of(data, train):
+    """How many tokens of the validation data all evaluations predict but the last; None is all."""
+    if train.eval_tokens is not None and train.eval_tokens < len(data) - 1:
+        return train.eval_tokens
+    return None
+
+
+def validate(run, model, data, context):
+    """Measures the losses of this step: of training, on the first eval_tokens of the validation data,
+    and at the end on all of them. Returns them as an entry of the log."""
+    step, train, recent = len(run.losses), run.train, run.losses[-100:]
+    part = part_of(data, train)
+
+    def loss_of(eval_tokens):
+        loss_sum, count = add_up(*evaluate(model, data, train.rows(), context, eval_tokens))
+        check_finite(loss_sum, run)
+        return loss_sum / count
+
+    entry = dict(step=step, train_loss=sum(recent) / len(recent), seconds=run.seconds)
+    entry["val_loss_part"] = loss_of(part)
+    if part is None:
+        entry["val_loss"] = entry["val_loss_part"]
+    elif step == train.max_steps:
+        entry["val_loss"] = loss_of(None)
+    return entry
+
+
+def announce(run, model, data, device, context, kernel):
+    """Says what is trained, and how."""
+    config, train, step = model.config, run.train, len(run.losses)
+    size = sum(weights.numel() for weights in model.parameters())
+    tokens = train.batch_size * config.block_size
+    epochs = tokens * train.max_steps / len(data["train"])
+    dtype = str(context.fast_dtype).removeprefix("torch.")
+    say(
+        f"model: {config.attention} attention, {config.pos} positions, {config.n_layer} layers, "
+        f"{config.n_head} heads, {config.n_embd} wide: {size:,} parameters, trained for {step:,} "
+        f"steps\nplan:  {train.max_steps:,} steps of {tokens:,} tokens, {epochs:.2g} epochs of "
+        f"{train.dataset}, on {WORLD} x {device}, {train.threads} threads, {dtype}, attention by "
+        f"{kernel}\nrun:   {run.out}"
+    )
+    if step >= train.max_steps:
+        say(f"all {step:,} steps are done: to go on, give a larger --max_steps")
+
+
+def describe(run):
+    """A line on the newest step."""
+    step, recent = len(run.losses), run.losses[-100:]
+    return (
+        f"step {step:,} of {run.train.max_steps:,}, {format_time(run.seconds)}: training loss "
+        f"{sum(recent) / len(recent):.4f} (mean of the last {len(recent)} steps)"
+    )
+
+
+def describe_validation(entry, part, is_best):
+    best = " (the best so far)" if is_best else ""
+    if part is None:
+        return f", validation loss {entry['val_loss']:.4f}{best}"
+    words = f", validation loss {entry['val_loss_part']:.4f} on {part:,} tokens{best}"
+    if "val_loss" in entry:
+        words += f" and {entry['val_loss']:.4f} on all"
+    return words
+
+
+def tenths(step, train):
+    """How many tenths of the run are over."""
+    return 10 * step // train.max_steps
+
+
+def steps_between_reads(device, train):
+    """Python runs ahead of a GPU, and waits for its results after every tenth forward pass only. A
+    CPU leaves it nothing to run ahead of."""
+    if device.type == "cpu":
+        return 1
+    passes = train.batch_size // WORLD // train.rows()
+    return max(1, 10 // passes)
+
+
+@explained_errors()
+@process_group()
 def main(argv=None):
+    """Trains, as the flags say: a list of strings, or else this program's own."""
     given = parse(argv)
-    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # the first alone speaks
-    try:
-        run = Run(given) if RANK == 0 else None  # the first prepares the data, or says
-        if WORLD > 1:  # what is wrong, while the others wait
-            from torch.distributed import nn  # noqa: F401 (later, it keeps the group)
+    with contextlib.ExitStack() as locks:
+        # A run that goes on, or a new one.
+        out = in_first(find_run, given)
+        if out is None:
+            run, model = begin_run(given, locks)
+            memories = []
+        else:
+            run, model, memories = load_run(out, given, locks)
+        config = model.config
+        data = read_data(run, config.block_size)
 
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        (run or Run(given)).go()
-    except (MemoryError, RuntimeError) as error:
-        if any(
-            words in str(error) for words in ("by peer", "remote process")
-        ):  # it has left, and said why
-            sys.exit(1)
-        if "memory" not in f"{type(error)} {error}".lower():
-            raise
-        raise UserError(
-            "memory ran out; lower --micro_batch_size, or else --n_embd, --n_layer, --block_size"
-        ) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        # The machine, and the model on it. `forward` is the model, too, made fast and shared.
+        device = choose_device(run.train.device, run.train.threads)
+        run.train = train = replace(run.train, threads=torch.get_num_threads())
+        context = autocast(device, train.dtype)
+        model.to(device).train()
+        kernel = choose_kernel(model, train.kernel, context)
+        forward = compile_model(model, train.compile, device)
+        forward = share_gradients(model, forward, context)
+        optimizers = make_optimizers(model, train)
+        for optimizer, memory in zip(optimizers, memories):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": memory})
+        del memories
+
+        announce(run, model, data, device, context, kernel)
+        step = len(run.losses)
+        if step == 0:
+            save(run, model, optimizers, "last.pt")  # if that fails, now and not in an hour
+
+        read_every = steps_between_reads(device, train)
+        part = part_of(data["val"], train)
+        progress, told, unread = Progress(train.max_steps, step), tenths(step, train), []
+        with stop_requests() as requests:
+            started = time.perf_counter()
+            while step < train.max_steps:
+                x, y = batch(data["train"], train, config.block_size, step, device)
+                unread.append(train_step(forward, optimizers, train, step, x, y, context))
+                step += 1
+                evaluating = step % train.eval_interval == 0 or step == train.max_steps
+                if step % read_every != 0 and not evaluating:
+                    continue
+
+                # All processes learn the losses, and whether one of them was asked to stop.
+                *losses, stop = add_up(*(loss.item() / WORLD for loss in unread), len(requests))
+                unread = []
+                run.seconds += time.perf_counter() - started
+                for loss in losses:
+                    run.losses.append(loss)
+                    check_finite(loss, run)
+                if RANK == 0:
+                    rate = train.batch_size * config.block_size * progress.rate(step)
+                    progress(
+                        step,
+                        f"step {step:,} of {train.max_steps:,}: loss {loss:.3f}, {rate:,.0f} tokens/s",
+                    )
+
+                if evaluating:
+                    progress.clear()
+                    entry = validate(run, model, data["val"], context)
+                    earlier = [other["val_loss_part"] for other in run.log]
+                    is_best = entry["val_loss_part"] < min(earlier, default=math.inf)
+                    run.log.append(entry)
+                    names = ["best.pt", "last.pt"] if is_best else ["last.pt"]
+                    save(run, model, optimizers, *names)
+                    say(describe(run) + describe_validation(entry, part, is_best))
+                elif tenths(step, train) > told:
+                    progress.clear()
+                    say(describe(run))
+                told = tenths(step, train)
+
+                if stop and step < train.max_steps:
+                    progress.clear()
+                    if not evaluating:
+                        save(run, model, optimizers, "last.pt")
+                    leave(
+                        f"stopped after step {step:,}; it is saved: go on by --resume --out={run.out}"
+                    )
+                started = time.perf_counter()
+
+        if RANK == 0:
+            figure = draw_losses(run.losses, run.log, part)
+            write_atomically(
+                run.out / "loss.png", lambda file: figure.savefig(file, format="png", dpi=150)
+            )
+        say(
+            f"curves: {run.out}/loss.png; to sample from it: "
+            f"python sample.py --out={shlex.quote(str(run.out))}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the tests of the programs share: a folder with a small data set and a trained run, and ways to run a program."""
+"""What the tests of the programs share: a folder with a small data set and a
+trained run, and ways to run a program."""
 
-import gc
 import importlib
 import json
 import os
@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,14 +19,17 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import prepare  # noqa: E402
+# The tensors here are tiny: a second thread would wait more than it works, and no process need
+# look how busy the machine is.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
-torch.set_num_threads(1)  # the tensors here are tiny: a second thread would wait more than it works
-os.environ["OMP_NUM_THREADS"] = "1"  # and no process looks how busy the machine is
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell has it ignored in what it starts behind it,
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
+import prepare  # noqa: E402
+import train  # noqa: E402
+
+# A shell has the one ignored in what it starts behind it, and nohup the other.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TEXT = "".join(
     f"{i} green bottles hanging on the wall, and if {i % 7} should fall: {i * i}.\n"
@@ -46,22 +50,30 @@ TINY = [
 ]
 
 
-BESIDE = {}  # name: Python code for a process of its own
+# Programs that tests ask for their answers: {name: Python code, or the path of a file}.
+BESIDE = {}
+PROGRAMS = ROOT / "tests" / "programs"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def processes(request):
-    """Runs them one after the other, beside all tests, if one of these asks for an answer."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # not what a test makes of it
+    """Runs them one after the other, each in a process and an empty folder of its own, beside all
+    tests, if one of these asks for an answer."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     environment.pop("TRITON_INTERPRET", None)
-    run = lambda code: subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+
+    def run(code):
+        command = ["-c", code] if isinstance(code, str) else [str(code)]
+        with tempfile.TemporaryDirectory() as folder:
+            return subprocess.run(
+                [sys.executable, *command],
+                cwd=ROOT if isinstance(code, str) else folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
+
     asked = any("answer" in item.fixturenames for item in request.session.items)
     with ThreadPoolExecutor(1) as pool:
         yield {name: pool.submit(run, code) for name, code in BESIDE.items() if asked}
@@ -89,14 +101,13 @@ def trained(tmp_path_factory):
         Path("tiny.txt").write_text(TEXT)
         assert call("prepare", "tiny.txt") is None
         assert call("train", *TINY, "--out=out/run") is None
-    gc.freeze()  # call() need not look at all that was imported
     yield folder
-    gc.unfreeze()
 
 
 @pytest.fixture
 def folder(trained, tmp_path, monkeypatch):
-    """A copy of that folder, which is the current one; its data set names the copy's text as its source."""
+    """A copy of that folder, which is the current one; its data set names the copy's text as its
+    source."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     meta = Path("data/tiny/meta.json")
@@ -115,20 +126,13 @@ def gpt2():
 
 
 def call(program, *flags):
-    """Runs a program's main() as its command line would; returns its exit: None, a code or a sentence."""
+    """Runs a program's main() as its command line would; returns its exit: None, a code or a
+    sentence."""
     main = importlib.import_module(program).main
-    handlers = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
     try:
         prepare.run_program(lambda: main(list(flags)))
     except SystemExit as stop:
         return stop.code
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        gc.collect()  # closes the lock on a run's folder, which the end of a process would
 
 
 def program(*command, **options):
@@ -146,6 +150,33 @@ def program(*command, **options):
 
 def checkpoint(run, name="last.pt"):
     return torch.load(Path(run, name), weights_only=True)
+
+
+def losses(run):
+    return checkpoint(run)["losses"]
+
+
+def same(one, other):
+    """Whether two parts of checkpoints are equal, every tensor bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return one == other
+
+
+def on_batch(monkeypatch, actions):
+    """Has train.py call actions[step]() before it makes the batch of that step."""
+    batch = train.batch
+
+    def acting(data, config, block_size, step, *rest):
+        if step in actions:
+            actions[step]()
+        return batch(data, config, block_size, step, *rest)
+
+    monkeypatch.setattr(train, "batch", acting)
 
 
 def log(run):

@@ -1,16 +1,19 @@
-"""What is lost when training is killed: nothing. Small runs are killed again and again, and compared with whole ones.
+"""What is lost when training is killed: nothing. Small runs are killed again and again, and compared
+with whole ones.
 
     python tests/kill.py                                 50 kills in each of four settings: a quarter of an hour
     python tests/kill.py --kills=10 --setting=two        two processes under torchrun, all killed at once
 
-For each setting one run is trained without a break. The same command is then started in another folder, gets SIGKILL at
-a random moment, goes on by --resume, and so on, until it is finished; then the next folder's turn comes, until there
-were enough kills. It spends a third of its time on writing: its vocabulary is large, and it is saved at every second
-step. After each kill, all checkpoints must load and the leftovers of the kill before be gone. A finished run must have
-what the whole one has, every weight, moment and loss bit for bit; only the seconds may differ.
+For each setting one run is trained without a break. The same command, which is restartable, is then
+started in another folder, gets SIGKILL at a random moment, goes on, and so on, until it is finished;
+then the next folder's turn comes, until there were enough kills. It spends a third of its time on
+writing: its vocabulary is large, and it is saved at every second step. After each kill, all
+checkpoints must load and the leftovers of the kill before be gone. A finished run must have what the
+whole one has, every weight, moment and loss bit for bit; only the seconds may differ.
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -73,9 +76,10 @@ def kill(process):
             os.kill(pid, signal.SIGKILL)
 
 
-def start(command, folder, seconds=1e5, planned=True):
-    """Runs a command, to its end or so many seconds, which count from train.py's plan on (or from its start). Returns
-    whether it was killed, and the times when it was started, had its plan, had made its evaluations, and was over."""
+def start(command, folder, seconds=math.inf, planned=True):
+    """Runs a command, to its end or so many seconds, which count from train.py's plan on (or from its
+    start). Returns whether it was killed, and the times when it was started, had its plan (None if it
+    had none) and was over."""
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -85,16 +89,17 @@ def start(command, folder, seconds=1e5, planned=True):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    times, lines, timer = [time.monotonic()], [], Timer(seconds, kill, [process])
+    begun, plan, lines = time.monotonic(), None, []
+    timer = Timer(min(seconds, 1e5), kill, [process])
     try:
         if not planned:
             timer.start()
         for line in process.stdout:  # until all who share it are dead
             lines.append(line)
-            if line.startswith(("plan:", "step ")):
-                times.append(time.monotonic())
-            if line.startswith("plan:") and planned:
-                timer.start()
+            if line.startswith("plan:"):
+                plan = time.monotonic()
+                if planned:
+                    timer.start()
     except KeyboardInterrupt:  # which reaches no other session
         kill(process)
         raise
@@ -102,92 +107,81 @@ def start(command, folder, seconds=1e5, planned=True):
         timer.cancel()
     if process.wait() not in (0, -signal.SIGKILL):
         raise UserError("".join(lines).strip() or f"exit status {process.returncode}")
-    return process.returncode != 0, [*times, time.monotonic()]
+    return process.returncode != 0, (begun, plan, time.monotonic())
 
 
 def parts(out):
     """What a run has written, by name. Raises UserError where a checkpoint cannot be read."""
-    log = {
-        "log.jsonl": [
-            json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()
-        ]
-    }
-    return log | {
-        f"{path.name}'s {key}": part
-        for path in out.glob("*.pt")
-        for key, part in GPT.load(path)[1].items()
-    }
+    lines = (out / "log.jsonl").read_text("utf-8").splitlines()
+    found = {"log.jsonl": [json.loads(line) for line in lines]}
+    for path in out.glob("*.pt"):
+        _, checkpoint = GPT.load(path)
+        found |= {f"{path.name}'s {key}": part for key, part in checkpoint.items()}
+    return found
+
+
+# How long it took, and how the program was called, may differ.
+FREE = {"seconds", "out", "last.pt's seconds", "best.pt's seconds"}
 
 
 def same(one, other):
-    """Bit for bit, but for how long it took and how the program was called."""
+    """Bit for bit, but for what is free."""
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):
-        free = ("seconds", "out", "resume", "last.pt's seconds", "best.pt's seconds")
-        return one.keys() == other.keys() and all(
-            same(one[key], other[key]) for key in one if key not in free
-        )
+        keys = one.keys() - FREE
+        return keys == other.keys() - FREE and all(same(one[key], other[key]) for key in keys)
     if isinstance(one, list):
         return len(one) == len(other) and all(map(same, one, other))
-    return (
-        one.numpy().tobytes() == other.numpy().tobytes()
-        if isinstance(one, torch.Tensor)
-        else one == other
-    )
+    if isinstance(one, torch.Tensor):
+        return one.numpy().tobytes() == other.numpy().tobytes()
+    return one == other
+
+
+def read_data(folder):
+    return {path: path.read_bytes() for path in folder.glob("data/*/*")}
 
 
 def trial(folder, setting, kills, chance, steps=400, early=0.2):
-    """Trains one run whole and others with so many kills in all, that share of them before training begins, and returns
-    a sentence about them. Raises UserError with the first thing that was lost."""
-    data, progress = {path: path.read_bytes() for path in folder.glob("data/*/*")}, Progress(kills)
-    command = [
-        sys.executable,
-        *(TORCHRUN if setting == "two" else []),
-        ROOT / "train.py",
-        *FLAGS,
-        *SETTINGS[setting],
-    ]
-    command += [f"--max_steps={steps}", "--out"]
-    _, (begun, planned, *_, trained, _) = start([*command, f"{setting}-whole"], folder)
-    expected, killed, writing, resumed, runs, finished = (
-        parts(folder / f"{setting}-whole"),
-        0,
-        0,
-        0,
-        0,
-        True,
-    )
+    """Trains one run whole and others with so many kills in all, that share of them before training
+    begins, and returns a sentence about them. Raises UserError with the first thing that was lost."""
+    data, progress = read_data(folder), Progress(kills)
+    command = [sys.executable, *(TORCHRUN if setting == "two" else []), ROOT / "train.py"]
+    command += [*FLAGS, *SETTINGS[setting], "--restartable", f"--max_steps={steps}", "--out"]
+    _, (begun, planned, over) = start([*command, f"{setting}-whole"], folder)
+    expected = parts(folder / f"{setting}-whole")
+    killed, writing, resumed, runs, finished = 0, 0, 0, 0, True
     while killed < kills or not finished:
         runs += finished
-        out, early_on = folder / f"{setting}-{runs}", chance.random() < early
-        resume, before = ["--resume"] * (out / "last.pt").exists(), {*out.glob("*.tmp")}
-        longest = planned - begun if early_on else (trained - planned) / 4
-        seconds = chance.random() * longest if killed < kills else 1e5
-        hit, times = start([*command, out, *resume], folder, seconds, not early_on)
-        left, finished = {*out.glob("*.tmp")}, not hit
-        killed, writing, resumed = (
-            killed + hit,
-            writing + bool(left - before),
-            resumed + len(resume),
-        )
-        if len(times) > 2 and left & before or finished and left:
+        out = folder / f"{setting}-{runs}"
+        left_before, resumed = {*out.glob("*.tmp")}, resumed + (out / "last.pt").exists()
+
+        # Some kills come before training has begun, the others within a quarter of it.
+        early_on = chance.random() < early
+        longest = planned - begun if early_on else (over - planned) / 4
+        seconds = chance.random() * longest if killed < kills else math.inf
+        hit, (_, plan, _) = start([*command, out], folder, seconds, not early_on)
+        killed, finished = killed + hit, not hit
+
+        left = {*out.glob("*.tmp")}
+        writing += bool(left - left_before)
+        if plan and left & left_before or finished and left:
             raise UserError(
                 f"after {killed} kills {min(left).name} is left, which an earlier process wrote"
             )
-        found = parts(out) if len(times) > 2 else {}
+        found = parts(out) if (out / "last.pt").exists() else {}
         if finished and not same(found, expected):
-            wrong = [
-                name
-                for name in expected
-                if not same({name: expected[name]}, {name: found.get(name)})
-            ]
-            raise UserError(f"after {killed} kills these differ: {', '.join(wrong)}")
+            names = expected.keys() - FREE
+            wrong = [name for name in names if not same(expected[name], found.get(name))]
+            raise UserError(f"after {killed} kills these differ: {', '.join(sorted(wrong))}")
         progress(killed, f"{setting}: {killed} of {kills} kills")
     progress.clear()
-    if {path: path.read_bytes() for path in folder.glob("data/*/*")} != data:
+    if read_data(folder) != data:
         raise UserError("data/ has changed")
-    return f"{killed} kills, {writing} of them while writing; {resumed} resumed, {runs} runs of {steps} steps finished"
+    return (
+        f"{killed} kills, {writing} of them while writing; {resumed} resumed, {runs} runs of {steps} "
+        "steps finished"
+    )
 
 
 def main(argv=None):
