@@ -1,9 +1,9 @@
 """Trains a GPT with any of the five attentions.
 
-    python train.py                                      tiny Shakespeare: a minute on a laptop's CPU
-    python train.py --preset=gpu                         nanoGPT's 10.7M baby GPT (default with CUDA)
-    torchrun --nproc_per_node=8 train.py --preset=gpt2   GPT-2 124M on OpenWebText
-    python train.py --resume                             goes on with the newest run, exactly
+    python train.py                                     tiny Shakespeare: a minute on a laptop
+    python train.py --preset=gpu                        nanoGPT's 10.7M baby GPT (default with CUDA)
+    torchrun --nproc_per_node=8 train.py --preset=gpt2  GPT-2 124M on OpenWebText
+    python train.py --resume                            goes on with the newest run, exactly
 
 A run is a folder: config.json, log.jsonl (a line for each evaluation), loss.png and the checkpoints
 last.pt and best.pt. All that is random in step i follows from (seed, i): its batch, however many
@@ -107,8 +107,8 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train it. A preset (below) sets many flags, whatever their defaults here say; the flags
-    that you give win."""
+    """How to train it. A preset (below) sets many flags, whatever their defaults here say; the
+    flags that you give win."""
 
     preset: str | None = option(
         None,
@@ -281,8 +281,8 @@ def parse(argv=None):
 
 
 def configure(given, checkpoint=None):
-    """TrainConfig and GPTConfig: the given flags, over a preset and defaults or, where a run goes on,
-    over its checkpoint. Raises UserError for flags that do not fit."""
+    """TrainConfig and GPTConfig: the given flags, over a preset and defaults or, where a run goes
+    on, over its checkpoint. Raises UserError for flags that do not fit."""
     if checkpoint is None:
         cuda = torch.cuda.is_available() and given.get("device") != "cpu"
         preset = given.get("preset", "gpu" if cuda else "cpu")
@@ -309,8 +309,8 @@ def refuse_idle_flags(given, config):
             value = getattr(config, other)
             if field.name in given and value not in wanted:
                 raise UserError(
-                    f"--{field.name} counts only with --{other}={' or '.join(wanted)}; leave it out "
-                    f"(or, if your own {value} takes it, add that to its `only` in model.py)"
+                    f"--{field.name} counts only with --{other}={' or '.join(wanted)}; leave it "
+                    f"out (or, if your own {value} takes it, add that to its `only` in model.py)"
                 )
 
 
@@ -353,8 +353,8 @@ def process_group():
         return
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         raise UserError(
-            f"this is process {RANK + 1} of {WORLD}, but none knows where to meet the others: start "
-            "them by torchrun, or set MASTER_ADDR and MASTER_PORT to the first one's address"
+            f"this is process {RANK + 1} of {WORLD}, but none knows where to meet the others: "
+            "start them by torchrun, or set MASTER_ADDR and MASTER_PORT to the first one's address"
         )
     from torch.distributed import nn  # noqa: F401 (imported inside a group, it would keep it)
 
@@ -401,7 +401,8 @@ def leave(sentence):
 
 @contextlib.contextmanager
 def explained_errors():
-    """Makes sentences of what may go wrong anywhere: memory that runs out, a process that is gone."""
+    """Makes sentences of what may go wrong anywhere: memory that runs out, a process that is
+    gone."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -410,15 +411,17 @@ def explained_errors():
             sys.exit(1)
         if re.search("memoryerror|out of memory|(not enough|allocate) memory", words.lower()):
             raise UserError(
-                "memory ran out; lower --micro_batch_size, or else --n_embd, --n_layer, --block_size"
+                "memory ran out; lower --micro_batch_size, or else --n_embd, --n_layer, "
+                "--block_size"
             ) from None
         raise
 
 
 @contextlib.contextmanager
 def stop_requests():
-    """Inside, Ctrl-C and the like only add to a list, which is given. A second one interrupts at once
-    (but torchrun sends each twice). Signals reach the main thread only, and leave any other alone."""
+    """Inside, Ctrl-C and the like only add to a list, which is given. A second one interrupts at
+    once (but torchrun sends each twice). Signals reach the main thread only, and leave any other
+    alone."""
     requests, handlers = [], {}
 
     def note(number, frame):
@@ -464,9 +467,10 @@ CORES = torch.get_num_threads()  # as many threads as PyTorch takes by itself
 
 
 def choose_threads(wanted=None):
-    """Sets the number of threads. They wait for one another after every product, so beside a program
-    that keeps a core busy, one for each core are many times slower than fewer. Where no number is
-    wanted, nor OMP_NUM_THREADS set, as many are taken as there are cores that are free."""
+    """Sets the number of threads. They wait for one another after every product, so beside a
+    program that keeps a core busy, one for each core are many times slower than fewer. Where no
+    number is wanted, nor OMP_NUM_THREADS set, as many are taken as there are cores that are
+    free."""
     if wanted is None:
         wanted = CORES
         if "OMP_NUM_THREADS" not in os.environ and CORES > 1:
@@ -529,9 +533,9 @@ def choose_kernel(model, name, context):
 
 
 def try_model(model, context):
-    """What the model computes of a text of random tokens, {what: tensor}: a loss, and in training all
-    gradients (None, of parameters that are not used), otherwise the logits of a token that is decoded
-    by a cache."""
+    """What the model computes of a text of random tokens, {what: tensor}: a loss, and in training
+    all gradients (None, of parameters that are not used), otherwise the logits of a token that is
+    decoded by a cache."""
     device, config = model.wte.weight.device, model.config
     random = torch.Generator().manual_seed(0)
     length = min(config.block_size, 1024)
@@ -552,8 +556,8 @@ def try_model(model, context):
 
 
 def compile_model(model, wanted, device):
-    """The model by torch.compile if that is wanted, or None and there is CUDA. Raises UserError where
-    it is wanted but has no compiler here; where it is only the default, goes on without."""
+    """The model by torch.compile if that is wanted, or None and there is CUDA. Raises UserError
+    where it is wanted but has no compiler here; where it is only the default, goes on without."""
     if wanted is None and device.type != "cuda" or wanted is False:
         return model
     try:
@@ -600,8 +604,8 @@ class AdamW(QuickStart, torch.optim.AdamW):
 
 
 class Muon(QuickStart, torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon), for matrices, or stacks of them:
-    momentum, made orthogonal, and scaled to the size of AdamW's steps (arXiv:2502.16982)."""
+    """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon), for matrices, or stacks of
+    them: momentum, made orthogonal, and scaled to the size of AdamW's steps (arXiv:2502.16982)."""
 
     def __init__(self, params, lr=1e-2, weight_decay=0.1, momentum=0.9):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -637,9 +641,10 @@ class Muon(QuickStart, torch.optim.Optimizer):
 
 
 def orthogonal(x):
-    """Matrices x (N, m, n), with singular values s brought near 1: Polar Express (arXiv:2505.16932),
-    its first three steps, s <- a s + b s^3 + c s^5. As matrices these are x <- (a + b g + c g^2) x
-    with g = x x^T; but all can be done to g, which is small, and to x their product, at the end."""
+    """Matrices x (N, m, n), with singular values s brought near 1: Polar Express
+    (arXiv:2505.16932), its first three steps, s <- a s + b s^3 + c s^5. As matrices these are x <-
+    (a + b g + c g^2) x with g = x x^T; but all can be done to g, which is small, and to x their
+    product, at the end."""
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
     x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -658,7 +663,8 @@ def orthogonal(x):
 
 
 def make_optimizers(model, train):
-    """Muon, if it is wanted, and AdamW. Weight decay pulls on matrices, not on gains and exponents."""
+    """Muon, if it is wanted, and AdamW. Weight decay pulls on matrices, not on gains and
+    exponents."""
     matrices = [w for w in model.parameters() if w.dim() > 1]
     vectors = [w for w in model.parameters() if w.dim() == 1]
     optimizers = []
@@ -680,8 +686,8 @@ def make_optimizers(model, train):
 
 
 def windows(data, starts, length, device):
-    """Inputs and targets (len(starts), length): the tokens from each start on, and those one further.
-    They are copied to a GPU from pinned memory, while it and Python go on."""
+    """Inputs and targets (len(starts), length): the tokens from each start on, and those one
+    further. They are copied to a GPU from pinned memory, while it and Python go on."""
     tokens = torch.from_numpy(data[starts[:, None] + np.arange(length + 1)].astype(np.int64))
     if device.type == "cuda":
         tokens = tokens.pin_memory()
@@ -810,8 +816,8 @@ def find_run(given):
 
 
 def name_run(given, train, config):
-    """The folder of a new run: --out, or one in out/ that is named after the data, the attention, the
-    positions and the flags that were given."""
+    """The folder of a new run: --out, or one in out/ that is named after the data, the attention,
+    the positions and the flags that were given."""
     if train.out is not None:
         return Path(train.out)
     flags = [f"{name}={given[name]}" for name in sorted(given.keys() - UNNAMED)]
@@ -878,15 +884,15 @@ def read_data(run, block_size):
     here = len(run.losses), meta["sha256"]
     if in_first(lambda: here) != here:
         raise UserError(
-            f"process {RANK} is at another step than the first, or has other data: all machines need "
-            "the same data/, and to go on with a run they need a folder that they share"
+            f"process {RANK} is at another step than the first, or has other data: all machines "
+            "need the same data/, and to go on with a run they need a folder that they share"
         )
     return splits
 
 
 def save(run, model, optimizers, *names):
-    """Writes config.json, log.jsonl and checkpoints of these names. The last of them is last.pt, from
-    which a run goes on: it never knows of more than is there."""
+    """Writes config.json, log.jsonl and checkpoints of these names. The last of them is last.pt,
+    from which a run goes on: it never knows of more than is there."""
     weights = torch.stack([parameter.detach().sum() for parameter in model.parameters()])
     check_finite(weights.sum().item(), run)
     if RANK == 0:
@@ -915,8 +921,8 @@ def check_finite(number, run):
     """Ends a run whose loss, or sum of all weights, is not a number any more."""
     if not math.isfinite(number):
         leave(
-            f"the loss is {number} at step {len(run.losses):,}: training has diverged; take a smaller "
-            f"--learning_rate, from the start or by --resume --out={run.out}"
+            f"the loss is {number} at step {len(run.losses):,}: training has diverged; take a "
+            f"smaller --learning_rate, from the start or by --resume --out={run.out}"
         )
 
 
@@ -950,8 +956,8 @@ def part_of(data, train):
 
 
 def validate(run, model, data, context):
-    """Measures the losses of this step: of training, on the first eval_tokens of the validation data,
-    and at the end on all of them. Returns them as an entry of the log."""
+    """Measures the losses of this step: of training, on the first eval_tokens of the validation
+    data, and at the end on all of them. Returns them as an entry of the log."""
     step, train, recent = len(run.losses), run.train, run.losses[-100:]
     part = part_of(data, train)
 
@@ -987,23 +993,46 @@ def announce(run, model, data, device, context, kernel):
         say(f"all {step:,} steps are done: to go on, give a larger --max_steps")
 
 
-def describe(run):
-    """A line on the newest step."""
+def describe(run, part):
+    """A line on the newest step and, if there was one, on its evaluation."""
     step, recent = len(run.losses), run.losses[-100:]
-    return (
+    words = (
         f"step {step:,} of {run.train.max_steps:,}, {format_time(run.seconds)}: training loss "
         f"{sum(recent) / len(recent):.4f} (mean of the last {len(recent)} steps)"
     )
-
-
-def describe_validation(entry, part, is_best):
-    best = " (the best so far)" if is_best else ""
+    if not run.log or run.log[-1]["step"] < step:
+        return words
+    entry, best = run.log[-1], " (the best so far)" if is_best(run.log) else ""
     if part is None:
-        return f", validation loss {entry['val_loss']:.4f}{best}"
-    words = f", validation loss {entry['val_loss_part']:.4f} on {part:,} tokens{best}"
+        return f"{words}, validation loss {entry['val_loss']:.4f}{best}"
+    words += f", validation loss {entry['val_loss_part']:.4f} on {part:,} tokens{best}"
     if "val_loss" in entry:
         words += f" and {entry['val_loss']:.4f} on all"
     return words
+
+
+def is_best(log):
+    """Whether the newest evaluation found the least loss; only those of the same tokens compare."""
+    *earlier, newest = [entry["val_loss_part"] for entry in log]
+    return newest < min(earlier, default=math.inf)
+
+
+def show_progress(progress, run, block_size):
+    if RANK == 0:
+        step = len(run.losses)
+        rate = run.train.batch_size * block_size * progress.rate(step)
+        words = f"step {step:,} of {run.train.max_steps:,}: loss {run.losses[-1]:.3f}"
+        progress(step, f"{words}, {rate:,.0f} tokens/s")
+
+
+def read_losses(run, unread, requests):
+    """Adds to the run's losses those of the newest steps, which are waited for. Returns how many
+    processes were asked to stop: all learn that at the same step."""
+    *losses, stop = add_up(*(loss.item() / WORLD for loss in unread), len(requests))
+    for loss in losses:
+        run.losses.append(loss)
+        check_finite(loss, run)
+    return stop
 
 
 def tenths(step, train):
@@ -1049,15 +1078,14 @@ def main(argv=None):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": memory})
         del memories
 
-        announce(run, model, data, device, context, kernel)
         step = len(run.losses)
-        if step == 0:
-            save(run, model, optimizers, "last.pt")  # if that fails, now and not in an hour
-
         read_every = steps_between_reads(device, train)
         part = part_of(data["val"], train)
-        progress, told, unread = Progress(train.max_steps, step), tenths(step, train), []
         with stop_requests() as requests:
+            announce(run, model, data, device, context, kernel)
+            if step == 0:
+                save(run, model, optimizers, "last.pt")  # if that fails, now and not in an hour
+            progress, told, unread = Progress(train.max_steps, step), tenths(step, train), []
             started = time.perf_counter()
             while step < train.max_steps:
                 x, y = batch(data["train"], train, config.block_size, step, device)
@@ -1067,40 +1095,27 @@ def main(argv=None):
                 if step % read_every != 0 and not evaluating:
                     continue
 
-                # All processes learn the losses, and whether one of them was asked to stop.
-                *losses, stop = add_up(*(loss.item() / WORLD for loss in unread), len(requests))
-                unread = []
+                # Python waits for what was computed, and looks whether somebody asked to stop.
+                stop = read_losses(run, unread, requests)
+                unread.clear()
                 run.seconds += time.perf_counter() - started
-                for loss in losses:
-                    run.losses.append(loss)
-                    check_finite(loss, run)
-                if RANK == 0:
-                    rate = train.batch_size * config.block_size * progress.rate(step)
-                    progress(
-                        step,
-                        f"step {step:,} of {train.max_steps:,}: loss {loss:.3f}, {rate:,.0f} tokens/s",
-                    )
+                show_progress(progress, run, config.block_size)
 
                 if evaluating:
-                    progress.clear()
-                    entry = validate(run, model, data["val"], context)
-                    earlier = [other["val_loss_part"] for other in run.log]
-                    is_best = entry["val_loss_part"] < min(earlier, default=math.inf)
-                    run.log.append(entry)
-                    names = ["best.pt", "last.pt"] if is_best else ["last.pt"]
+                    run.log.append(validate(run, model, data["val"], context))
+                    names = ["best.pt", "last.pt"] if is_best(run.log) else ["last.pt"]
                     save(run, model, optimizers, *names)
-                    say(describe(run) + describe_validation(entry, part, is_best))
-                elif tenths(step, train) > told:
+                elif stop:
+                    save(run, model, optimizers, "last.pt")
+                if evaluating or tenths(step, train) > told:
                     progress.clear()
-                    say(describe(run))
+                    say(describe(run, part))
                 told = tenths(step, train)
-
                 if stop and step < train.max_steps:
                     progress.clear()
-                    if not evaluating:
-                        save(run, model, optimizers, "last.pt")
                     leave(
-                        f"stopped after step {step:,}; it is saved: go on by --resume --out={run.out}"
+                        f"stopped after step {step:,}; it is saved: go on by --resume "
+                        f"--out={run.out}"
                     )
                 started = time.perf_counter()
 

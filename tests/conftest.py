@@ -186,7 +186,8 @@ def log(run):
 
 
 def limited_file_size(size, work):
-    """Runs work() in a process that may write no file larger than size bytes: a disk that is full."""
+    """Runs work() in a process that may write no file larger than size bytes: a disk that is
+    full."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -196,7 +197,8 @@ def limited_file_size(size, work):
 
 
 def misused(capsys, name, flags, words):
-    """Asserts that a program refuses these flags with one sentence and a non-zero exit, and changes no file."""
+    """Asserts that a program refuses these flags with one sentence and a non-zero exit, and changes
+    no file."""
     before = contents()
     capsys.readouterr()
     code = call(name, *flags)

@@ -1,15 +1,15 @@
-"""What is lost when training is killed: nothing. Small runs are killed again and again, and compared
-with whole ones.
+"""What is lost when training is killed: nothing. Small runs are killed again and again, and
+compared with whole ones.
 
-    python tests/kill.py                                 50 kills in each of four settings: a quarter of an hour
-    python tests/kill.py --kills=10 --setting=two        two processes under torchrun, all killed at once
+    python tests/kill.py                           50 kills in each setting: a quarter of an hour
+    python tests/kill.py --kills=10 --setting=two  two processes under torchrun, killed at once
 
 For each setting one run is trained without a break. The same command, which is restartable, is then
-started in another folder, gets SIGKILL at a random moment, goes on, and so on, until it is finished;
-then the next folder's turn comes, until there were enough kills. It spends a third of its time on
-writing: its vocabulary is large, and it is saved at every second step. After each kill, all
-checkpoints must load and the leftovers of the kill before be gone. A finished run must have what the
-whole one has, every weight, moment and loss bit for bit; only the seconds may differ.
+started in another folder, gets SIGKILL at a random moment, goes on, and so on, until it is
+finished; then the next folder's turn comes, until there were enough kills. It spends a third of its
+time on writing: its vocabulary is large, and it is saved at every second step. After each kill, all
+checkpoints must load and the leftovers of the kill before be gone. A finished run must have what
+the whole one has, every weight, moment and loss bit for bit; only the seconds may differ.
 """
 
 import json
@@ -66,7 +66,8 @@ def prepare_signs(folder):
 
 
 def kill(process):
-    """SIGKILL to a process and those that torchrun has started, each of which has a session of its own."""
+    """SIGKILL to a process and those that torchrun has started, each of which has a session of its
+    own."""
     with suppress(ProcessLookupError):  # it has just ended
         os.kill(process.pid, signal.SIGSTOP)  # and starts no more of them
         found = subprocess.run(
@@ -77,9 +78,9 @@ def kill(process):
 
 
 def start(command, folder, seconds=math.inf, planned=True):
-    """Runs a command, to its end or so many seconds, which count from train.py's plan on (or from its
-    start). Returns whether it was killed, and the times when it was started, had its plan (None if it
-    had none) and was over."""
+    """Runs a command, to its end or so many seconds, which count from train.py's plan on (or from
+    its start). Returns whether it was killed, and the times when it was started, had its plan (None
+    if it had none) and was over."""
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -144,7 +145,8 @@ def read_data(folder):
 
 def trial(folder, setting, kills, chance, steps=400, early=0.2):
     """Trains one run whole and others with so many kills in all, that share of them before training
-    begins, and returns a sentence about them. Raises UserError with the first thing that was lost."""
+    begins, and returns a sentence about them. Raises UserError with the first thing that was
+    lost."""
     data, progress = read_data(folder), Progress(kills)
     command = [sys.executable, *(TORCHRUN if setting == "two" else []), ROOT / "train.py"]
     command += [*FLAGS, *SETTINGS[setting], "--restartable", f"--max_steps={steps}", "--out"]
@@ -179,8 +181,8 @@ def trial(folder, setting, kills, chance, steps=400, early=0.2):
     if read_data(folder) != data:
         raise UserError("data/ has changed")
     return (
-        f"{killed} kills, {writing} of them while writing; {resumed} resumed, {runs} runs of {steps} "
-        "steps finished"
+        f"{killed} kills, {writing} of them while writing; {resumed} resumed, {runs} runs of "
+        f"{steps} steps finished"
     )
 
 

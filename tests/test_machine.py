@@ -17,7 +17,7 @@ import train
 
 CPU = torch.device("cpu")
 
-# Threads --------------------------------------------------------------------------------------------
+# Threads ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def test_as_many_threads_as_cores_that_are_free(machine, capsys, share, threads)
     train.choose_device("cpu")
     assert machine.threads == threads
     said = (
-        f"using {threads} of 4 threads, for other programs keep the CPU busy; set OMP_NUM_THREADS to "
-        "change that\n"
+        f"using {threads} of 4 threads, for other programs keep the CPU busy; set OMP_NUM_THREADS "
+        "to change that\n"
     )
     assert capsys.readouterr().err == ("" if threads == 4 else said)
 
@@ -97,7 +97,7 @@ def test_a_run_keeps_its_number_of_threads(machine, folder, monkeypatch):
     assert threads_of("out/new") == machine.threads == 4
 
 
-# Compilers ------------------------------------------------------------------------------------------
+# Compilers ----------------------------------------------------------------------------------------
 
 
 def without_a_compiler(function):
@@ -154,7 +154,7 @@ def test_a_cpu_compiles_only_what_is_wanted(monkeypatch, wanted):
     assert train.compile_model(model, wanted, CPU) is model
 
 
-# File systems ---------------------------------------------------------------------------------------
+# File systems -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO])
@@ -207,7 +207,7 @@ def test_folders_of_any_name(folder, capsys, name):
     assert len(losses(Path("out", name))) == 7
 
 
-# Streams --------------------------------------------------------------------------------------------
+# Streams ------------------------------------------------------------------------------------------
 
 BESIDE["ascii"] = PROGRAMS / "ascii.py"
 
@@ -218,7 +218,7 @@ def test_where_everything_is_ascii(answer):
     assert "?" in shown and shown.isascii()
 
 
-# Several processes ----------------------------------------------------------------------------------
+# Several processes --------------------------------------------------------------------------------
 
 LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE"),
@@ -317,8 +317,8 @@ def test_two_processes_train_a_fork_with_frozen_and_unused_parameters(two):
 
 
 def test_all_processes_begin_with_the_weights_of_the_first(two):
-    """Which each draws for itself, on another kind of CPU with other last bits. Here the second draws
-    quite others."""
+    """Which each draws for itself, on another kind of CPU with other last bits. Here the second
+    draws quite others."""
     assert two["others"]["losses"] == pytest.approx(two["two"]["losses"], rel=1e-5)
 
 
@@ -326,8 +326,9 @@ BESIDE["failing"] = PROGRAMS / "failing.py"
 
 
 def test_when_one_process_fails_both_leave_within_seconds(answer):
-    """One of two is asked to stop, has a loss that is no number, cannot save, finds no data, or other
-    data: rank 0, or the one that failed, says why in one sentence, and what was saved is there."""
+    """One of two is asked to stop, has a loss that is no number, cannot save, finds no data, or
+    other data: rank 0, or the one that failed, says why in one sentence, and what was saved is
+    there."""
     found = json.loads(answer("failing"))
     sentences = {
         "stop": r"failing.py: stopped after step 5; it is saved: go on by --resume --out=out/stop",

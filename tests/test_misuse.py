@@ -1,5 +1,5 @@
-"""How the programs are misused, and what breaks: each case gets one sentence that says what to do, a
-non-zero exit, and no file changes."""
+"""How the programs are misused, and what breaks: each case gets one sentence that says what to do,
+a non-zero exit, and no file changes."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ NEW = [*TINY, "--out=out/new"]
 RESUME = ["--resume", "--out=out/run", "--max_steps=9"]
 KERNEL = ["--kernel=triton", "--device=cpu"]
 
-# Flags ----------------------------------------------------------------------------------------------
+# Flags --------------------------------------------------------------------------------------------
 
 TRAIN_FLAGS = [
     # what is given beside NEW, and words of the sentence
@@ -127,7 +127,7 @@ def test_a_prompt_of_two_sources(folder, capsys):
     misused(capsys, "sample", ["--prompt=a", "--prompt_file=tiny.txt"], "--prompt")
 
 
-# Folders and data -----------------------------------------------------------------------------------
+# Folders and data ---------------------------------------------------------------------------------
 
 
 def test_no_runs(folder, capsys):
@@ -213,7 +213,7 @@ def test_another_text_of_the_same_name(folder, capsys):
     misused(capsys, "prepare", ["other/tiny.txt"], "would be lost; rename the file, or add")
 
 
-# Checkpoints ----------------------------------------------------------------------------------------
+# Checkpoints --------------------------------------------------------------------------------------
 
 
 def changed(path, **changes):

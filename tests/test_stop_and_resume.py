@@ -74,7 +74,7 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-# A run that is asked to stop ------------------------------------------------------------------------
+# A run that is asked to stop ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_seconds_are_those_of_all_parts(folder):
     assert entries[-1]["seconds"] == after and entries[1]["seconds"] == before
 
 
-# In one Python process, as in a notebook ------------------------------------------------------------
+# In one Python process, as in a notebook ----------------------------------------------------------
 
 
 def test_a_run_goes_on_again_and_again_in_one_process(folder, monkeypatch):
@@ -213,7 +213,7 @@ def test_two_threads_do_not_train_one_run(folder, monkeypatch):
     assert "out/run is in use by another process" in sentences[0]
 
 
-# Processes of their own -----------------------------------------------------------------------------
+# Processes of their own ---------------------------------------------------------------------------
 
 
 def start(*flags):
@@ -288,7 +288,8 @@ def test_of_two_that_start_in_one_folder_one_trains(folder):
 
 
 def test_a_run_that_was_killed_goes_on_at_once(folder):
-    """No signal handler has run: its lock is gone nevertheless, and what it was writing is removed."""
+    """No signal handler has run: its lock is gone nevertheless, and what it was writing is
+    removed."""
     process = start(*SAVED)
     wait_for(process, "step 50 ")
     process.kill()
@@ -311,7 +312,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(answer):
     assert words.startswith("2 kills") and " 0 resumed" not in words
 
 
-# What goes on, and with which flags -----------------------------------------------------------------
+# What goes on, and with which flags ---------------------------------------------------------------
 
 
 def test_resume_takes_new_flags_and_the_same_ones(folder):
@@ -413,7 +414,7 @@ def test_a_restartable_run_needs_a_name(folder):
     assert "--restartable needs --out, the folder in which to look for the run" in sentence
 
 
-# What is written, and what cannot be ----------------------------------------------------------------
+# What is written, and what cannot be --------------------------------------------------------------
 
 
 def test_best_is_saved_before_last(folder, monkeypatch):

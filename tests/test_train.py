@@ -1,5 +1,5 @@
-"""train.py: its command line, its steps, its optimizers, what it measures and what it writes. How runs
-stop and go on is in test_stop_and_resume.py, the machine in test_machine.py, misuse in
+"""train.py: its command line, its steps, its optimizers, what it measures and what it writes. How
+runs stop and go on is in test_stop_and_resume.py, the machine in test_machine.py, misuse in
 test_misuse.py."""
 
 import copy
@@ -36,7 +36,7 @@ from train import TrainConfig, autocast
 
 CPU = torch.device("cpu")
 
-# The command line -----------------------------------------------------------------------------------
+# The command line ---------------------------------------------------------------------------------
 
 
 def test_prepare_and_train_from_the_command_line(tmp_path):
@@ -189,7 +189,7 @@ def test_a_flag_for_other_attentions_says_how_an_own_one_takes_it(folder, monkey
     assert "if your own mine takes it, add that to its `only` in model.py" in sentence
 
 
-# A step ---------------------------------------------------------------------------------------------
+# A step -------------------------------------------------------------------------------------------
 
 
 def test_batches_are_a_function_of_seed_and_step():
@@ -240,8 +240,8 @@ def muon_by_hand(w, mean, rate, decay):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_steps_are_plain_gradient_descent_on_the_mean_loss(folder, optimizer):
     """Two steps in micro-batches, from a seed, against two steps on the whole batch by hand: the
-    weights, and the losses that are reported. Muon moves each matrix in the blocks by itself, and of
-    W_K each head's; AdamW moves the rest."""
+    weights, and the losses that are reported. Muon moves each matrix in the blocks by itself, and
+    of W_K each head's; AdamW moves the rest."""
     flags = [f"--optimizer={optimizer}", "--micro_batch_size=2", "--warmup_steps=0", "--seed=5"]
     flags += ["--attention=qv_ka"]
     flags += ["--grad_clip=0.5", "--weight_decay=0.7", "--max_steps=2", "--out=out/new"]
@@ -308,7 +308,7 @@ def test_the_learning_rate():
     assert rates[100] == pytest.approx(0.1) and rates[119] == pytest.approx(0.1)
 
 
-# Optimizers -----------------------------------------------------------------------------------------
+# Optimizers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -333,8 +333,8 @@ def test_muon_moves_the_matrices_in_the_blocks():
     "shape", [(4, 16, 16), (3, 48, 16), (3, 16, 48), (1, 5, 64), (2, 128, 512)], ids=str
 )
 def test_muon_makes_steps_orthogonal(shape):
-    """Singular values between a and a tenth of a come near to 1, whatever a is, and singular vectors
-    stay."""
+    """Singular values between a and a tenth of a come near to 1, whatever a is, and singular
+    vectors stay."""
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     sizes = torch.logspace(-1, 3, shape[0])[:, None, None]
@@ -415,7 +415,7 @@ def test_training_imports_no_compiler(answer):
     assert answer("quick start").splitlines()[-1] == "compiler imported: False"
 
 
-# Frozen and unused parameters -----------------------------------------------------------------------
+# Frozen and unused parameters ---------------------------------------------------------------------
 
 
 class Partly(ATTENTIONS["qv"]):
@@ -452,14 +452,15 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-# Validation -----------------------------------------------------------------------------------------
+# Validation ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "count,eval_tokens,predicted", [(83, None, 82), (81, None, 80), (10, None, 9), (83, 20, 20)]
 )
 def test_validation_covers_every_token_once(folder, count, eval_tokens, predicted):
-    """Against the definition: each token after the first, from those before it in its window of 16."""
+    """Against the definition: each token after the first, from those before it in its window of
+    16."""
     network, _ = GPT.load("out/run/last.pt")
     val = prepare.read_dataset("tiny")[1]["val"][:count]
     expected = []
@@ -551,7 +552,7 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(folder, monkeypatch):
     assert len(losses("out/new")) == 1
 
 
-# What a run says and writes -------------------------------------------------------------------------
+# What a run says and writes -----------------------------------------------------------------------
 
 
 def test_what_a_run_logs(folder):
@@ -648,7 +649,7 @@ def test_the_picture_of_a_run_whose_evaluations_are_of_all():
     assert set(found) == {"training", "validation, all tokens"}
 
 
-# The kernel -----------------------------------------------------------------------------------------
+# The kernel ---------------------------------------------------------------------------------------
 
 
 class PlainKernel:

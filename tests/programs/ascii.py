@@ -1,4 +1,5 @@
-"""Prepares, trains and samples Chinese where everything is ASCII: the locale, and standard output."""
+"""Prepares, trains and samples Chinese where everything is ASCII: the locale, and standard
+output."""
 
 import os
 import subprocess

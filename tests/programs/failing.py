@@ -1,5 +1,5 @@
-"""Two processes train, and one fails in several ways. Prints, for each way and each process, what it
-said, how long it took, which step was saved, and how many threads of gloo it has left."""
+"""Two processes train, and one fails in several ways. Prints, for each way and each process, what
+it said, how long it took, which step was saved, and how many threads of gloo it has left."""
 
 import json
 import os

@@ -1,5 +1,6 @@
-"""How a program runs train.py in two processes, several times each, without a launcher between them:
-`start` starts the program twice, and in each of the two `meet` has train.py's processes meet anew."""
+"""How a program runs train.py in two processes, several times each, without a launcher between
+them: `start` starts the program twice, and in each of the two `meet` has train.py's processes meet
+anew."""
 
 import json
 import os
@@ -13,7 +14,8 @@ import train
 
 
 def start(program):
-    """Prepares data, runs a program in two processes, and returns what each has given to `answer`."""
+    """Prepares data, runs a program in two processes, and returns what each has given to
+    `answer`."""
     Path("tiny.txt").write_text(TEXT)
     prepare = [sys.executable, ROOT / "prepare.py", "tiny.txt"]
     subprocess.run(prepare, check=True, capture_output=True)
