@@ -74,7 +74,7 @@ PRESETS = {
         weight_decay=0.2,
         beta2=0.95,
         eval_interval=120,
-        eval_tokens=8192,
+        eval_tokens=4096,
     ),
     "gpu": dict(
         n_layer=6,
@@ -200,8 +200,8 @@ class TrainConfig:
         return self.micro_batch_size or self.batch_size // WORLD
 
 
-# The flags that may be others when a run goes on. Without them it goes on exactly.
-MAY_CHANGE = {
+# Flags that say how a run is computed, but not what: its folder is not named after them.
+HOW = {
     "out",
     "resume",
     "restartable",
@@ -211,27 +211,15 @@ MAY_CHANGE = {
     "kernel",
     "compile",
     "micro_batch_size",
+}
+# Flags that may be others when a run goes on. Without them it goes on exactly.
+MAY_CHANGE = HOW | {
     "max_steps",
     "learning_rate",
     "warmup_steps",
     "weight_decay",
     "grad_clip",
     "eval_interval",
-}
-# The flags that do not make another model, so that the run's folder is not named after them.
-UNNAMED = {
-    "dataset",
-    "attention",
-    "pos",
-    "out",
-    "resume",
-    "restartable",
-    "device",
-    "threads",
-    "dtype",
-    "kernel",
-    "compile",
-    "micro_batch_size",
 }
 
 
@@ -292,14 +280,18 @@ def configure(given, checkpoint=None):
     if "OMP_NUM_THREADS" in os.environ:
         stored["threads"] = None
     values = {**stored, **given}
-    train, config = (
-        kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
-        for kind in (TrainConfig, GPTConfig)
-    )
+    train, config = select(TrainConfig, values), select(GPTConfig, values)
     refuse_idle_flags(given, config)
     if checkpoint is not None:
         refuse_changes(given, checkpoint, {**asdict(train), **asdict(config.resolve())})
     return train, config
+
+
+def select(kind, values):
+    """A dataclass of that kind, made of those values that are its fields."""
+    return kind(
+        **{field.name: values[field.name] for field in fields(kind) if field.name in values}
+    )
 
 
 def refuse_idle_flags(given, config):
@@ -356,7 +348,8 @@ def process_group():
             f"this is process {RANK + 1} of {WORLD}, but none knows where to meet the others: "
             "start them by torchrun, or set MASTER_ADDR and MASTER_PORT to the first one's address"
         )
-    from torch.distributed import nn  # noqa: F401 (imported inside a group, it would keep it)
+    # DistributedDataParallel imports this module, which keeps the group that it finds for ever.
+    from torch.distributed import nn  # noqa: F401
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, rank=RANK, world_size=WORLD)
@@ -430,9 +423,9 @@ def stop_requests():
         requests.append(number)
 
     if threading.current_thread() is threading.main_thread():
-        for number in signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM):
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                handlers.setdefault(number, signal.signal(number, note))
+                handlers[number] = signal.signal(number, note)
     try:
         yield requests
     finally:
@@ -690,8 +683,9 @@ def windows(data, starts, length, device):
     further. They are copied to a GPU from pinned memory, while it and Python go on."""
     tokens = torch.from_numpy(data[starts[:, None] + np.arange(length + 1)].astype(np.int64))
     if device.type == "cuda":
-        tokens = tokens.pin_memory()
-    tokens = tokens.to(device, non_blocking=True)
+        tokens = tokens.pin_memory().to(device, non_blocking=True)
+    else:
+        tokens = tokens.to(device)
     return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -741,23 +735,25 @@ def evaluate(model, data, batch_size, context, eval_tokens=None, rank=RANK, worl
     """Predicts the first eval_tokens tokens of data, or all, each once, from those before it in
     windows of block_size, batch_size windows at a time. Returns the sum of the losses in this
     process's share, in nats, and their number."""
-    block_size, predicted = model.config.block_size, min(len(data) - 1, eval_tokens or len(data))
+    block_size = model.config.block_size
+    predicted = min(len(data) - 1, eval_tokens or len(data))
     starts = np.arange(0, predicted - block_size + 1, block_size)
     parts = [(starts[i : i + batch_size], block_size) for i in range(0, len(starts), batch_size)]
     if rest := predicted % block_size:
         parts.append((np.array([predicted - rest]), rest))  # a shorter window
-    progress = Progress(len(parts))
+    progress, loss_sum, count = Progress(len(parts)), 0.0, 0
     model.eval()
-    loss_sum, count = 0.0, 0
     for number in range(rank, len(parts), world):
         if rank == 0:
             progress(number, "validating ...")
         x, y = windows(data, *parts[number], model.wte.weight.device)
         with context:
-            loss_sum += model(x, y)[1].item() * y.numel()
+            _, loss = model(x, y)
+        loss_sum += loss.item() * y.numel()
         count += y.numel()
+    if rank == 0:
+        progress.clear()
     model.train()
-    progress.clear()
     return loss_sum, count
 
 
@@ -820,7 +816,8 @@ def name_run(given, train, config):
     the positions and the flags that were given."""
     if train.out is not None:
         return Path(train.out)
-    flags = [f"{name}={given[name]}" for name in sorted(given.keys() - UNNAMED)]
+    named = given.keys() - HOW - {"dataset", "attention", "pos"}
+    flags = [f"{name}={given[name]}" for name in sorted(named)]
     name = ",".join([f"{train.dataset}-{config.attention}-{config.pos}", *flags])[:120]
     folder, number = OUT / name, 1
     while folder.exists():

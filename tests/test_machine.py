@@ -345,5 +345,5 @@ def test_when_one_process_fails_both_leave_within_seconds(answer):
         assert re.fullmatch(sentences[name], ends[speaker[name]]["said"]), name
         assert ends[1 - speaker[name]]["said"] == "1", f"{name}: the other leaves without a word"
         assert first["saved"] == saved[name]
-        assert max(end["seconds"] for end in ends) < 20
+        assert max(end["seconds"] for end in ends) < 60, f"{name}: not after gloo's half an hour"
         assert all(end["threads"] == 0 for end in ends), f"{name}: gloo's threads are gone"
