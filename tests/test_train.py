@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    BESIDE,
-    PROGRAMS,
     ROOT,
     TEXT,
     TINY,
@@ -40,12 +38,15 @@ CPU = torch.device("cpu")
 
 
 def test_prepare_and_train_from_the_command_line(tmp_path):
-    """As in the README, in processes of their own: text in, tokens, training."""
+    """As in the README, in processes of their own: text in, tokens, training. PyTorch's compiler is
+    not imported on the way: it would take a second or two of a run that lasts half a minute."""
     (tmp_path / "bottles.txt").write_text(TEXT)
-    flags = ["--dataset=bottles", *TINY[1:], "--max_steps=8"]
-    for command in ["prepare.py", "bottles.txt"], ["train.py", *flags, "--out=out/run"]:
-        result = program(ROOT / command[0], *command[1:], cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
+    result = program(ROOT / "prepare.py", "bottles.txt", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    flags = ["--dataset=bottles", *TINY[1:], "--max_steps=8", "--out=out/run"]
+    result = program("-X", "importtime", ROOT / "train.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "torch.optim" in result.stderr and "torch._dynamo" not in result.stderr
     assert "python sample.py --out=out/run" in result.stdout
     assert len(losses(tmp_path / "out/run")) == 8
     names = {path.name for path in (tmp_path / "out/run").iterdir()}
@@ -405,14 +406,6 @@ def test_adamw_is_that_of_pytorch():
             optimizer.step(closure)
         steps.append(w)
     assert torch.equal(*steps)
-
-
-BESIDE["quick start"] = PROGRAMS / "quick_start.py"
-
-
-def test_training_imports_no_compiler(answer):
-    """It would take a second or two of a run that lasts half a minute."""
-    assert answer("quick start").splitlines()[-1] == "compiler imported: False"
 
 
 # Frozen and unused parameters ---------------------------------------------------------------------
