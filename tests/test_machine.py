@@ -347,3 +347,4 @@ def test_when_one_process_fails_both_leave_within_seconds(answer):
         assert first["saved"] == saved[name]
         assert max(end["seconds"] for end in ends) < 60, f"{name}: not after gloo's half an hour"
         assert all(end["threads"] == 0 for end in ends), f"{name}: gloo's threads are gone"
+        assert all(end["holders"] == 0 for end in ends), f"{name}: no model keeps the group"

@@ -1,6 +1,8 @@
 """Two processes train, and one fails in several ways. Prints, for each way and each process, what
-it said, how long it took, which step was saved, and how many threads of gloo it has left."""
+it said, how long it took, which step was saved, and how many threads of gloo it has left,
+and how many models had the group when it was left."""
 
+import gc
 import json
 import os
 import signal
@@ -45,9 +47,18 @@ def other_data(name):
     return meta, splits
 
 
+def destroy_process_group():
+    """Counts the models that still have the group, and would wait for ever when they go."""
+    global holders
+    objects = gc.get_objects()
+    holders = sum(isinstance(x, train.DistributedDataParallel) for x in objects)
+    destroy()
+
+
 def one_of_two():
     """Run in each of the two processes."""
     global way
+    train.dist.destroy_process_group = destroy_process_group
     train.batch, train.write_atomically = failing_batch, failing_write
     prepare.read_dataset = other_data
     found = {}
@@ -62,10 +73,12 @@ def one_of_two():
             "seconds": time.monotonic() - began,
             "saved": len(checkpoint(path.parent)["losses"]) if path.exists() else None,
             "threads": threads_of_gloo(),
+            "holders": holders,
         }
     answer(found)
 
 
+destroy, holders = train.dist.destroy_process_group, None
 batch, write, read_dataset = train.batch, train.write_atomically, prepare.read_dataset
 if "RANK" in os.environ:
     one_of_two()
