@@ -582,18 +582,21 @@ def share_gradients(model, forward, context):
 # --- Optimizers: Muon for the matrices in the blocks, AdamW for all else --------------------------
 
 
-class QuickStart:
-    """PyTorch wraps these methods of its optimizers in a function that imports its compiler first,
-    which takes a second or two. Here they are without that."""
+def undecorated(method):
+    """A method of PyTorch's optimizers without the decorator that imports PyTorch's compiler first,
+    which takes a second or two."""
+    return getattr(method, "__wrapped__", method)
 
-    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
-    state_dict = torch.optim.Optimizer.state_dict.__wrapped__
-    load_state_dict = torch.optim.Optimizer.load_state_dict.__wrapped__
-    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
+
+class QuickStart:
+    add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
+    state_dict = undecorated(torch.optim.Optimizer.state_dict)
+    load_state_dict = undecorated(torch.optim.Optimizer.load_state_dict)
+    zero_grad = undecorated(torch.optim.Optimizer.zero_grad)
 
 
 class AdamW(QuickStart, torch.optim.AdamW):
-    step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)
+    step = torch.no_grad()(undecorated(torch.optim.AdamW.step))
 
 
 class Muon(QuickStart, torch.optim.Optimizer):

@@ -17,7 +17,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from conftest import BESIDE
+from conftest import BESIDE, TINY, call, log
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -605,6 +605,34 @@ def test_200_steps_of_training_follow_pytorch(attention, pos):
     assert exact[-1] < exact[0] - 0.3
     noise, error = (plain - exact).abs().mean(), (fused - exact).abs().mean()
     assert error < 2 * noise + 1e-4, f"{error:.2e} against {noise:.2e}"
+
+
+@runs
+def test_the_programs_take_the_kernel_and_say_so(folder, capsys):
+    shape = ["--n_embd=32", "--max_steps=2", "--eval_tokens=64", "--dtype=float32"]
+    losses = []
+    for name in "torch", "triton":
+        options = [f"--kernel={name}", f"--out=out/{name}", f"--device={DEVICE}"]
+        assert call("train", *TINY, *shape, *options) is None
+        assert f"attention by {name}" in capsys.readouterr().out
+        assert call("sample", *options, "--prompt=wall", "--max_new_tokens=3") is None
+        assert f"attention by {name}" in capsys.readouterr().err
+        losses.append(log(f"out/{name}")[-1]["val_loss_part"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@runs
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--n_embd=32", "--dropout=0.1"], "has no dropout of attention weights"),
+        (["--n_embd=16"], "with D 16, 32, 64 or 128"),
+        (["--n_embd=32", "--attention=mla", "--d_rope=8"], "with E 16, 32, 64 or 128"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_a_sentence(folder, flags, words):
+    sentence = call("train", *TINY, "--kernel=triton", f"--device={DEVICE}", *flags)
+    assert words in sentence and "take --kernel=torch" in sentence
 
 
 # What is refused --------------------------------------------------------------
