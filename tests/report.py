@@ -182,8 +182,9 @@ CAPTION = """\
 **Numbers remembered** are for one token in one layer. The next four columns are **losses** by
 positions. From *1,800 steps* to *equal time* they are under rope+agf: of runs three times as long,
 in windows of 8 times the context, and after the time that 600 steps of QKV take. A loss is a mean
-over 10 or 20 seeds of the validation loss at the end, in nats per character. Half of its 95 %
-interval is at most {widest:.4f}; differences within a column, which are paired by seed, vary less.
+over 10 or 20 seeds, or as many as a bracket says where runs are missing, of the validation loss at
+the end, in nats per character. Half of its 95 % interval is at most {widest:.4f}; differences within
+a column, which are paired by seed, vary less.
 **Speeds** are relative to QKV's, under rope+agf; decoding is at 1,024 tokens, by a model of 10.7M
 parameters.
 """
@@ -204,7 +205,7 @@ def first_table(runs, speeds):
         if len(values) > 1:
             halves.append(half)
         if len(values) < len(wanted):
-            return f"{mean:.4f} ({seeds_text(len(values), wanted)} seeds)"
+            return f"{mean:.4f} ({len(values)})"
         return f"{mean:.4f}"
 
     for attention in sweeps.TABLE:
