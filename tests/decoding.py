@@ -1,11 +1,13 @@
-"""What a KV cache costs and saves: memory and tokens a second, all attentions side by side, untrained.
+"""Measures what a KV cache costs and saves: memory and tokens a second of untrained models.
+Run it, on an idle machine, after a change of how model.py decodes.
 
-    python tests/decoding.py                             the README's table: about a minute on two idle cores
-    python tests/decoding.py --context=4096              where the bytes of the cache weigh more: several minutes
-    python tests/decoding.py --draw=assets/memory.png    measures nothing: what a token leaves behind, to scale
+    python tests/decoding.py                           all positions: some minutes on two idle cores
+    python tests/decoding.py --context=4096            where the bytes of the cache weigh more
+    python tests/decoding.py --draw=assets/memory.png  draws what a token leaves behind, to scale
 
-Each model makes one token in turn, again and again, so that all of them meet the same state of the machine. Speeds are
-medians over tokens at the end of the context, memory is that of the cache's buffers for one token, in all layers.
+Each model makes one token in turn, again and again, so that all of them meet the same state of the
+machine. Speeds are medians over tokens at the end of the context, memory is that of the cache's
+buffers for one token, in all layers.
 """
 
 import sys
@@ -65,7 +67,8 @@ def parse(argv=None):
 
 
 def seconds_per_token(models, prompt, count, use_cache):
-    """For each model, the median over `count` tokens after a first one; without a cache, each reads all the prompt."""
+    """For each model, the median over `count` tokens after a first one. Without a cache, each token
+    takes a pass over the whole prompt."""
     streams = {
         name: model.generate(prompt, count + 1, use_cache=use_cache)
         for name, model in models.items()
@@ -79,13 +82,19 @@ def seconds_per_token(models, prompt, count, use_cache):
     return {name: median(rest) for name, (_, *rest) in times.items()}
 
 
+HEAD = (
+    "| positions | attention | cache, bytes/token | tokens/s | times qkv's | without cache "
+    "| times qkv's |\n|---|---|---|---|---|---|---|"
+)
+
+
 def benchmark(shape, positions, device, context, tokens, uncached=9):
-    """Prints a table: for each kind of positions, and a GPTConfig's shape with each attention, bytes and speeds."""
+    """Prints a table with bytes and speeds, for each kind of positions and each attention, of
+    models of the GPTConfig `shape`."""
     print(
-        f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, {shape.block_size:,} tokens of context; "
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n\n"
-        "| positions | attention | cache, bytes/token | tokens/s | times qkv's | without cache | times qkv's |\n"
-        "|---|---|---|---|---|---|---|"
+        f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
+        f"{shape.block_size:,} tokens of context; {device}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}\n\n{HEAD}"
     )
     progress = Progress(len(positions))
     for done, pos in enumerate(positions, 1):
@@ -101,7 +110,8 @@ def benchmark(shape, positions, device, context, tokens, uncached=9):
         progress.clear()
         for name in models:
             print(
-                f"| {pos} | {name} | {nbytes[name]:,} | {1 / cached[name]:.0f} | {cached['qkv'] / cached[name]:.2f} "
+                f"| {pos} | {name} | {nbytes[name]:,} "
+                f"| {1 / cached[name]:.0f} | {cached['qkv'] / cached[name]:.2f} "
                 f"| {1 / plain[name]:.1f} | {plain['qkv'] / plain[name]:.2f} |",
                 flush=True,
             )
@@ -110,7 +120,8 @@ def benchmark(shape, positions, device, context, tokens, uncached=9):
 
 
 def remembered(shape, variant):
-    """What a token leaves behind in one layer under rope: [(letter, numbers)], one for each head's vector."""
+    """What a token leaves behind in one layer under rope: [(letter, numbers)], one for each head's
+    vector."""
     attention = GPT(replace(shape, pos="rope", n_layer=1, **variant)).blocks[0].attention
     memory = [m[0, 0] for m in attention.write(torch.zeros(1, 1, shape.n_embd), 0)]
     if variant["attention"] == "mla":

@@ -183,8 +183,8 @@ CAPTION = """\
 positions. From *1,800 steps* to *equal time* they are under rope+agf: of runs three times as long,
 in windows of 8 times the context, and after the time that 600 steps of QKV take. A loss is a mean
 over 10 or 20 seeds, or as many as a bracket says where runs are missing, of the validation loss at
-the end, in nats per character. Half of its 95 % interval is at most {widest:.4f}; differences within
-a column, which are paired by seed, vary less.
+the end, in nats per character. Half of its 95 % interval is at most {widest:.4f}; differences
+within a column, which are paired by seed, vary less.
 **Speeds** are relative to QKV's, under rope+agf; decoding is at 1,024 tokens, by a model of 10.7M
 parameters.
 """

@@ -16,7 +16,7 @@ def blocks(language):
 
 
 def commands():
-    """(program, its flags) of each command for a program of ours in the README, in its text, too."""
+    """(program, its flags) of each command of the README, in its text, too."""
     found = []
     for line in [*"".join(blocks("sh")).splitlines(), *re.findall(r"`([^`\n]+)`", README)]:
         for command in line.partition("#")[0].split("&&"):
