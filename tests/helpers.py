@@ -52,13 +52,11 @@ FEW = pytest.mark.parametrize(
     "attention,pos",
     [
         ("qkv", "learned"),
-        ("gqa", "agf"),
-        ("mla", "rope+agf"),
+        ("gqa, rotated values", "rope+agf"),
+        ("mla", "rope"),
         ("qv", "sinusoidal"),
-        ("qv_ka", "rope"),
         ("qv_ka", "agf"),
         ("qv_ka, diagonal", "rope+agf"),
-        ("qkv, rotated values", "rope+agf"),
     ],
 )
 

@@ -120,15 +120,15 @@ def test_keys_made_in_two_steps_start_as_large_as_in_one(attention, pos):
 def test_initial_loss_is_that_of_guessing(attention, pos):
     sizes = {"block_size": 64, "vocab_size": 65, "n_layer": 4, "n_embd": 128}
     torch.manual_seed(4)
-    model, idx = GPT(config(attention, pos, **sizes)), tokens(16, 65, vocab_size=65)
+    model, idx = GPT(config(attention, pos, **sizes)), tokens(4, 65, vocab_size=65)
     assert abs(model(idx[:, :-1], idx[:, 1:])[1].item() - math.log(65)) < 0.1
 
 
 @FEW
 def test_one_batch_is_learned_by_heart(attention, pos):
     model, idx = small(attention, pos).float().train(), tokens(4, 25)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(100):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for _ in range(60):
         loss = model(idx[:, :-1], idx[:, 1:])[1]
         optimizer.zero_grad()
         loss.backward()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import (
     CASES,
+    EVERY,
     FEW,
     attention_weights,
     cached_logits,
@@ -114,7 +115,7 @@ def test_torch_compile_makes_no_graph_for_each_length(attention, pos):
     assert counter.frame_count == 2
 
 
-@CASES
+@pytest.mark.parametrize("attention,pos", EVERY)
 def test_torch_export_takes_any_length(attention, pos):
     module, T = small(attention, pos).blocks[0].attention, torch.export.Dim("T", min=2, max=24)
     shapes = {"x": {1: T}}
