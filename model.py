@@ -331,7 +331,7 @@ class QV(Attention):
 
         score  (R_i q_i) . (R_j v_j) = q_i . R_(j-i) v_j,      answer  sum_j p_ij R_(j-i) v_j
 
-    That a value arrives rotated is no price: QKV gains by it, too (rope_values)."""
+    A value then arrives rotated, which QKV can have, too (rope_values): compare with that."""
 
     decodes_fused = rotates_values = True
 
@@ -355,8 +355,8 @@ class QVKa(QV):
         q . k_j  =  q . W_K^T [g_j ; v_j]  =  (W_K q) . [g_j ; v_j]  =  q_ctx . g_j  +  q_v . v_j
 
     QV-Ka is QV plus a score from the context. Under RoPE, g and v are rotated when they are written
-    and both halves of W_K q when they ask. Then no such key exists, for R stands between W_K and
-    what is remembered."""
+    and both halves of W_K q when they ask. Then [g ; v] W_K is no key any more, for R stands
+    between W_K and what is remembered, and training takes the folded form, too."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -381,7 +381,7 @@ class QVKa(QV):
             keys = self.keys(v, g)  # (B, S, H, D)
             return [(self.rotate(q, start), keys)], repeat_heads(v, self.n_head)
 
-        # Decoding: fold W_K into the query.
+        # Decoding, and training where no keys can be made: fold W_K into the query.
         q = self.rotate_pieces(self.fold(q), start)  # (B, T, H, E + D)
         q_ctx, q_v = q.tensor_split([self.d_ctx], dim=-1)
         return [(q_v, v), (q_ctx, g)], v

@@ -190,7 +190,7 @@ class CharTokenizer(Tokenizer):
             (char,) = error.args
             raise UserError(
                 f"character {char!r} (number {text.index(char) + 1} of the text) is not among the "
-                f"{self.vocab_size} that this model knows; leave it out"
+                f"{self.vocab_size} that this model knows; leave it out, or take another model"
             ) from None
 
     def decode_bytes(self, ids):

@@ -879,7 +879,8 @@ def read_data(run, block_size):
         )
     if len(splits["train"]) <= block_size:
         raise UserError(
-            f"block_size={block_size} must be less than the {len(splits['train'])} training tokens"
+            f"block_size={block_size} must be less than the {len(splits['train'])} training "
+            "tokens; give more text, or a smaller --block_size"
         )
     here = len(run.losses), meta["sha256"]
     if in_first(lambda: here) != here:
