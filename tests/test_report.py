@@ -365,6 +365,15 @@ SPEEDS = dict(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_stored_speeds():
+    """What speeds.py has stored in assets/ changes nothing here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeps, "SPEEDS", sweeps.SPEEDS.with_name("none.json"))
+        patch.setitem(sweeps.PARTS, 7, [sweeps.Sweep([], sweeps.seeds(10))])
+        yield
+
+
 @pytest.fixture(scope="module")
 def text():
     return report.results(every_planned_run(), Runs([]), SPEEDS, ["frontier.png"], "some command")
