@@ -503,8 +503,8 @@ def autocast(device, dtype):
 
 def choose_kernel(model, name, context):
     """Has the model attend by kernel.py if `name` is triton, once a trial in that autocast context
-    gave what PyTorch gives. Returns what is used, torch or triton; auto is torch: the kernel gains
-    in long sequences with agf. Raises UserError, and leaves the model with PyTorch."""
+    gave what PyTorch gives. Returns what is used, torch or triton; auto is torch, as
+    long as nobody has timed the kernel. Raises UserError, and leaves the model with PyTorch."""
     if name != "triton":
         return "torch"
     tolerance = 1e-2 if context.fast_dtype == torch.float32 else 1e-1
