@@ -41,7 +41,8 @@ by N tokens. A GPU's exponential has base 2, so of exponents the kernels keep
 with scale2 = log2(e) scale and a = a_h / scale2: one multiply-add for the distance, and one for
 what the exponential takes.
 
-    python kernel.py      tests/benchmark.py: time and memory; without a GPU, what the compiler made
+    python kernel.py      time and memory, by tests/experiments/benchmark.py; without a GPU, what
+                          the compiler made
 """
 
 from __future__ import annotations
@@ -686,5 +687,5 @@ def check_shape(name, x, sizes):
 
 
 if __name__ == "__main__":
-    benchmark = __file__.replace("kernel.py", "tests/benchmark.py")
+    benchmark = __file__.replace("kernel.py", "tests/experiments/benchmark.py")
     os.execv(sys.executable, [sys.executable, benchmark, *sys.argv[1:]])

@@ -17,15 +17,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+FOLDERS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "experiments")]
+sys.path[:0] = FOLDERS
 
 # The tensors here are tiny: a second thread would wait more than it works, and no process need
 # look how busy the machine is.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import prepare  # noqa: E402
-import train  # noqa: E402
+import prepare
+import train
 
 # A shell has the one ignored in what it starts behind it, and nohup the other.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,7 +60,7 @@ PROGRAMS = ROOT / "tests" / "programs"
 def processes(request):
     """Runs them one after the other, each in a process and an empty folder of its own, beside all
     tests, if one of these asks for an answer."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(FOLDERS)}
     environment.pop("TRITON_INTERPRET", None)
 
     def run(code):

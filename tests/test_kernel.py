@@ -1,173 +1,51 @@
 """kernel.py against plain PyTorch: on a GPU if there is one, else in Triton's interpreter, which
-runs the same kernels on the CPU; and compiled ahead of time for GPUs that need not be there, in a
-process beside the other tests."""
+runs the same kernels on the CPU. test_kernel_compiled.py compiles them."""
 
-import contextlib
 import importlib
-import itertools
-import json
 import math
-import os
-import re
 import weakref
-from itertools import combinations, product
-from random import Random
 from unittest import mock
 from weakref import WeakSet
 
 import pytest
 import torch
-from conftest import BESIDE, TINY, call, log
-from torch.nn.attention import SDPBackend
+from conftest import TINY, call, log
+from kernel_helpers import (
+    CUDA,
+    DEVICE,
+    DTYPES,
+    TOLERANCE,
+    assert_close,
+    assert_right,
+    conditions,  # noqa: F401
+    covering,
+    double,
+    inputs,
+    on_cpu,
+    on_gpu,
+    results,
+    runs,
+    tensor,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-# The interpreter is for these tests alone: others need not know that there is one.
-CUDA = torch.cuda.is_available()
-INTERPRET = {} if CUDA else {"TRITON_INTERPRET": "1"}
-with mock.patch.dict(os.environ, INTERPRET):
-    import kernel
-from kernel import attention, attention_plain, decode, decode_plain  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from prepare import UserError  # noqa: E402
+import kernel
+from kernel import attention, attention_plain, decode, decode_plain
+from model import GPT, GPTConfig
+from prepare import UserError
 
-DEVICE = "cuda" if CUDA else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-# Where triton is installed everything here runs. If somebody imported it before the lines above,
-# nothing is interpreted, and all these tests fail, for the CPU is refused.
-runs = pytest.mark.skipif(kernel.triton is None, reason="needs triton")
-on_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU: the interpreter would take hours")
-on_cpu = pytest.mark.skipif(CUDA, reason="is about the interpreter, and here is a CUDA GPU")
+# Where triton is installed everything here runs. If somebody imported it before kernel_helpers
+# asked for the interpreter, all these tests fail, for the CPU is refused.
 pytestmark = [
     runs,
     pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),  # an empty part's sum
-    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
 ]
 
 
 @on_cpu
 def test_triton_was_not_imported_before_its_interpreter_was_asked_for():
     assert kernel.INTERPRETED
-
-
-# Cases, inputs and comparison -------------------------------------------------
-
-
-def pairs(factors, seed=0):
-    """Cases in which every two values of two factors meet at least once: the full product would
-    take hours."""
-
-    def meetings(case):
-        return {((a, case[a]), (b, case[b])) for a, b in combinations(factors, 2)}
-
-    missing = set()
-    for a, b in combinations(factors, 2):
-        missing |= {((a, x), (b, y)) for x, y in product(factors[a], factors[b])}
-    random = Random(seed)
-    while missing:
-        drawn = [{name: random.choice(x) for name, x in factors.items()} for _ in range(200)]
-        best = max(drawn, key=lambda case: len(meetings(case) & missing))
-        if meetings(best) & missing:
-            missing -= meetings(best)
-            yield best
-
-
-def covering(seed=0, **factors):
-    """Parametrizes a test by such cases."""
-    cases = list(pairs(factors, seed))
-    names = [" ".join(f"{name}={x}" for name, x in case.items()) for case in cases]
-    names = [name.replace("torch.", "") for name in names]
-    return pytest.mark.parametrize("case", cases, ids=names)
-
-
-def tensor(*shape, dtype=torch.float32, layout="plain"):
-    """Random numbers; `gaps` and `heads first` have other strides than their shape suggests."""
-    if layout == "gaps":
-        return torch.randn(*shape[:-1], shape[-1] + 16, device=DEVICE).to(dtype)[..., 8:-8]
-    if layout == "heads first" and len(shape) == 4:
-        return tensor(shape[0], shape[2], shape[1], shape[3], dtype=dtype).transpose(1, 2)
-    return torch.randn(*shape, device=DEVICE).to(dtype)
-
-
-def inputs(T, D, keys=False, E=0, decay=False, dtype=torch.float32, BHG=(1, 2, 2), past=0,
-           layout="plain"):  # fmt: skip
-    """The tensors of a call by name, leaves that want gradients. `one buffer`: rows [ctx; v]."""
-    (B, H, G), S = BHG, T + past
-    shapes = dict(q=(B, T, H, D), v=(B, S, G, D))
-    if keys:
-        shapes |= dict(k=(B, S, G, D))
-    if E:
-        shapes |= dict(q_ctx=(B, T, H, E), ctx=(B, S, E))
-    made = {name: tensor(*shape, dtype=dtype, layout=layout) for name, shape in shapes.items()}
-    if layout == "one buffer":
-        rows = tensor(B, S, E + G * D, dtype=dtype)
-        made["v"] = rows[..., E:].unflatten(-1, (G, D))
-        if E:
-            made["ctx"] = rows[..., :E]
-    if decay:
-        made["decay"] = torch.rand(H, device=DEVICE) * 2 + 0.1
-    return {name: x.detach().requires_grad_() for name, x in made.items()}
-
-
-def double(tensors):
-    return {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
-
-
-def results(function, tensors, d_out, **options):
-    """What a function returns, and the gradients of its inputs, by name."""
-    out = function(**tensors, **options)
-    gradients = torch.autograd.grad(out, [*tensors.values()], d_out.to(out.dtype))
-    return {"output": out} | {f"gradient of {name}": x for name, x in zip(tensors, gradients)}
-
-
-def assert_close(found, expected, tolerance):
-    """By the norm of the difference; where the truth is nearly nothing, against the size that it
-    could have had: the decay's gradient is a sum over all B T queries, in which much cancels."""
-    B, T = found["output"].shape[:2]
-    assert found.keys() == expected.keys()
-    for name, y in expected.items():
-        x = found[name]
-        assert x.shape == y.shape and x.isfinite().all(), name
-        possible = math.sqrt(y.numel() * (B * T if y.dim() == 1 else 0.01))
-        error = (x.double() - y).norm() / max(y.norm(), possible)
-        assert error < tolerance, f"{name} is off by {error:.1e}"
-
-
-def assert_right(tensors, tolerance, **options):
-    """The kernel's output and gradients are the plain formula's in float64."""
-    d_out = tensor(*tensors["q"].shape)
-    expected = results(attention_plain, double(tensors), d_out, **options)
-    assert_close(results(attention, tensors, d_out, **options), expected, tolerance)
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """New memory is full of NaN, so a kernel that leaves anything unwritten is found out."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.zeros(1, device=DEVICE).new_empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def interpret():
-    with mock.patch.dict(os.environ, INTERPRET):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def exact(monkeypatch):
-    """On a GPU float32 stays float32, whatever train.py asks for."""
-    torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-
-
-@pytest.fixture(autouse=True)
-def seed(request):
-    """Other random numbers for each test, the same in each run."""
-    torch.manual_seed(sum(map(ord, request.node.name)))
 
 
 # Forward and backward ---------------------------------------------------------
@@ -742,229 +620,3 @@ def test_other_gpus_are_refused(hip, capability, monkeypatch):
     words = "needs an NVIDIA GPU of compute capability 8.0 .* and this is the card"
     with pytest.raises(ValueError, match=words):
         kernel.launch(None, (1,), mock.Mock(is_cuda=True))
-
-
-# In processes of their own, where Triton compiles -----------------------------
-
-REFUSED = """
-import runpy, sys, torch
-
-def refused():
-    x = torch.zeros(1, 1, 1, 16)
-    try:
-        runpy.run_path("kernel.py")["attention"](x, x)
-    except ValueError as error:
-        print(error)
-
-import triton
-refused()
-triton.__version__ = "3.2.0"
-refused()
-sys.modules["triton"] = None
-refused()
-"""
-# A row for every kernel in bf16, for A100 and H100: plain, and with extras at two widths; with few
-# and with many heads to a value; for one token and one head, and for lengths without a factor of
-# 16. And how many variants were compiled.
-REPORT = """
-import json, sys
-sys.path.append("tests")
-import benchmark, kernel
-
-FORMS = (64, False, 0, False), (64, True, 32, True), (64, False, 128, True), (128, True, 0, True)
-rows, variants = [], []
-for arch in 80, 90:
-    for form in FORMS:
-        rows += benchmark.compile_report(arch, *form)
-    for sizes in dict(T=1, H=1), dict(T=1000, H=12), dict(T=1, H=12):
-        rows += benchmark.compile_report(arch, 64, False, 128, True, **sizes)
-    for G in 4, 1:
-        sizes = dict(T=1000, H=32, G=G)
-        rows += benchmark.compile_report(arch, 128, False, 128, True, **sizes, only="decode_kernel")
-    for compiled in kernel.forward_kernel, kernel.token_backward_kernel:
-        variants.append(len(compiled.device_caches[arch][0]))
-print(json.dumps([rows, variants]))
-"""
-USAGE = """
-import runpy, sys
-sys.argv = ["kernel.py", "--help"]
-runpy.run_path("kernel.py", run_name="__main__")
-"""
-if kernel.triton:
-    BESIDE.update(report=REPORT, refused=REFUSED, help=USAGE)
-
-
-def test_what_cannot_run_is_said(answer):
-    """Importing works, calling does not, and nothing else steps in."""
-    here, old, without = answer("refused").splitlines()
-    assert CUDA or "q.device=cpu: it should be a CUDA device" in here
-    assert old == (
-        "the fused kernel needs the package triton, 3.4 or newer, and 3.2.0 is installed; "
-        "model.py does without"
-    )
-    assert "and none is installed" in without
-
-
-def test_the_kernels_own_program_is_the_benchmark(answer):
-    assert "usage: kernel.py" in answer("help")
-
-
-@pytest.fixture(scope="module")
-def report(answer):
-    rows, variants = json.loads(answer("report"))
-    return dict(rows=rows, variants=variants)
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-def test_every_kernel_compiles_and_fits(arch, report):
-    rows = [row for row in report["rows"] if row["arch"] == arch]
-    assert {row["kernel"] for row in rows} == set(kernel.KERNELS)
-    for row in rows:
-        # What a program may have of the shared memory of an sm_86 and of an sm_90.
-        assert row["shared"] <= (99 if arch == 80 else 227) * 1024
-        assert row["registers"] > 0 and row["spilled"] == 0, row
-
-
-def test_no_length_is_reason_to_compile_anew(report):
-    """Four forms were compiled for each GPU, for 1, 1000 and 1024 tokens, and 1 and 12 heads."""
-    assert report["variants"] == 4 * [4]
-
-
-def test_hopper_multiplies_by_wgmma(report):
-    """At least one instruction for each product of tiles, in both loops of a kernel; and several
-    go on at once."""
-    products = dict(forward=(2, 3), query_backward=(3, 5), token_backward=(4, 6))
-    for row in report["rows"]:
-        if row["arch"] == 90 and row["kernel"] in products:
-            assert row["wgmma"] >= 2 * products[row["kernel"]][row["E"] > 0], row
-            assert row["waits"] < row["wgmma"] / 2, row
-
-
-# The benchmark ----------------------------------------------------------------
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """benchmark.py at sizes that the interpreter can compute, with a clock that gives 1, 2, 3 ..
-    milliseconds."""
-    benchmark, ticks = importlib.import_module("benchmark"), itertools.count(1)
-    changed = dict(
-        DEVICE=DEVICE,
-        DTYPE=torch.float32,
-        H=2,
-        D=16,
-        E=16,
-        TOKENS=64,
-        LENGTHS=(64, 16),
-        DECODE_H=4,
-        DECODE_G=2,
-        DECODE_E=16,
-        BATCHES=(1, 2),
-        CONTEXTS=(24, 70),
-        timed=lambda run: (run(), next(ticks))[1],
-        peak_memory=lambda run: (run(), torch.cuda.memory_allocated() + 2**20)[1],
-        flex_attention=lambda: plain_flex,  # not compiled, which takes time
-    )
-    for name, x in changed.items():
-        monkeypatch.setattr(benchmark, name, x)
-    monkeypatch.setattr(benchmark.gc, "collect", lambda *_: None)  # takes time, too
-    return benchmark
-
-
-def plain_flex(q, k, v, score_mod, block_mask, scale):
-    """What flex_attention returns, with the gradients of the same in plain PyTorch: on the CPU it
-    has none."""
-    i, j, h = (torch.arange(size, device=DEVICE) for size in (q.size(2), k.size(2), q.size(1)))
-    i = i[:, None]
-    s = q @ k.mT * scale
-    if score_mod is not None:
-        s = score_mod(s, None, h[:, None, None], i, j)
-    s = s.masked_fill(~block_mask.mask_mod(None, None, i, j), -math.inf)
-    out = s.softmax(-1) @ v
-    flex_attention = importlib.import_module("torch.nn.attention.flex_attention").flex_attention
-    detached = [x.detach() for x in (q, k, v)]
-    exact = flex_attention(*detached, score_mod=score_mod, block_mask=block_mask, scale=scale)
-    return out + (exact - out).detach()
-
-
-@pytest.mark.parametrize("decayed", [False, True])
-@pytest.mark.parametrize("name", ["qkv", "qv", "qv_ka", "folded"])
-def test_contestants_compute_the_same(small, name, decayed):
-    """The outputs and the gradients of all that the benchmark times side by side."""
-    form = small.FORMS[name](1, 18)
-    decay = torch.logspace(-2, 2, 2, base=2, device=DEVICE) if decayed else None
-    d_out, first = tensor(1, 18, 2, 16), None
-    found = small.contestants(form, decay)
-    assert found.keys() >= {"fused", "sdpa", "flex"}
-    for make in found.values():
-        out = make()()
-        result = [out, *torch.autograd.grad(out, form.inputs, d_out)]
-        first = first or result
-        for x, y in zip(result, first):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
-
-
-def test_everything_decodes_the_same(small):
-    runs = small.attentions_to_decode(2, 70)
-    expected = runs["flash_attention"].func(SDPBackend.MATH)
-    found = []
-    for name in (name for name in runs if not name.startswith("QV")):
-        with contextlib.suppress(RuntimeError):  # the CPU has not all of them
-            found.append(runs[name]())
-    assert found
-    for x in found:
-        torch.testing.assert_close(x, expected)
-    for name in "QV", "QV-Ka", "QV, shared":
-        assert runs[name]().shape == (2, 1, 4, 16)
-
-
-def test_the_benchmark_from_end_to_end(small, capsys, monkeypatch):
-    """A line for each shape and contestant, also if rivals break; figures by the made-up clock."""
-
-    def broken():
-        raise NotImplementedError("not today")
-
-    monkeypatch.setattr(small.kernel, "attention", attention_plain)  # quicker than the interpreter
-    monkeypatch.setattr(small.kernel, "decode", decode_plain)
-    monkeypatch.setattr(small, "flex_attention", broken)
-    small.benchmark(seconds=600)
-    out = capsys.readouterr().out
-    for name in "fused", "sdpa":
-        assert len(re.findall(rf"decay (?:yes|no )  {name} +\d", out)) == 4 * 2 * 2
-    assert "flex: NotImplementedError: not today" in out
-    assert (
-        "qv      T    64  decay yes  fused      1.000 ms    0     2.000 ms    0       1 MiB   1.00"
-        in out
-    )
-    assert (
-        "qv      T    64  decay yes  sdpa       3.000 ms    0     4.000 ms    0       1 MiB   0.50"
-        in out
-    )
-    assert re.search(r"^qv      decay yes  of sdpa +0\.50 +0\.75$", out, re.M)
-    assert re.search(r"^     2      70 .* \(\w+\) +\d\.\d\d$", out, re.M)
-
-
-def test_the_benchmark_stops_when_its_time_is_up(small, capsys):
-    small.benchmark(seconds=-1)
-    assert not re.search(r"\d ms", capsys.readouterr().out)
-
-
-def test_whole_models_are_measured_by_either_kernel(small, capsys, monkeypatch):
-    sizes = dict(n_layer=1, n_head=2, n_embd=32, d_ctx=16, block_size=4, vocab_size=9)
-    changed = dict(
-        MODELS={"tiny": (2, sizes)},
-        STEPS=2,
-        clock=lambda run: (run(), 0.5)[1],
-        peak_memory=lambda run: 2**20,
-        product=lambda *factors: [("tiny", "qv_ka", "agf", name) for name in ("torch", "triton")],
-    )
-    for name, x in changed.items():
-        monkeypatch.setattr(small, name, x)
-    monkeypatch.setattr(torch, "compile", lambda model: model)
-    nothing = contextlib.nullcontext()
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nothing)  # float32 has none
-    small.bench_models(600)
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "tiny qv_ka     agf      torch        0.5     500.0       1.0       6.0",
-        "tiny qv_ka     agf      triton       0.5     500.0       1.0       6.0",
-    ]

@@ -36,7 +36,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("program", sorted({program for program, _ in commands()}))
 def test_every_flag_exists(program, capsys):
     if program == "kernel":
-        pytest.skip("kernel.py hands its flags to tests/benchmark.py")
+        pytest.skip("kernel.py hands its flags to tests/experiments/benchmark.py")
     call(program, "--help")
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
     if program == "compare":  # it hands others to train.py

@@ -11,7 +11,7 @@ if os.environ.get("LC_ALL") != "C":
     ascii["PYTHONIOENCODING"] = "ascii"
     sys.exit(subprocess.run([sys.executable, __file__], env=os.environ | ascii).returncode)
 
-from conftest import TINY, call  # noqa: E402
+from conftest import TINY, call
 
 Path("dogs.txt").write_text("\u5c0f\u72d7 na\u00efve " * 200, encoding="utf-8")
 assert call("prepare", "dogs.txt") is None

@@ -1,9 +1,9 @@
 """Measures what a KV cache costs and saves: memory and tokens a second of untrained models.
 Run it, on an idle machine, after a change of how model.py decodes.
 
-    python tests/decoding.py                           all positions: some minutes on two idle cores
-    python tests/decoding.py --context=4096            where the bytes of the cache weigh more
-    python tests/decoding.py --draw=assets/memory.png  draws what a token leaves behind, to scale
+    python tests/experiments/decoding.py                  some minutes on two idle cores
+    python tests/experiments/decoding.py --context=4096   the bytes of the cache weigh more
+    python tests/experiments/decoding.py --draw=assets/memory.png      README's picture
 
 Each model makes one token in turn, again and again, so that all of them meet the same state of the
 machine. Speeds are medians over tokens at the end of the context, memory is that of the cache's
@@ -19,11 +19,12 @@ from statistics import median
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-from model import ATTENTIONS, GPT, POSITIONS, GPTConfig  # noqa: E402
-from prepare import Progress, new_parser, parse_int, run_program, write_atomically  # noqa: E402
-from train import autocast, choose_device  # noqa: E402
+from model import ATTENTIONS, GPT, POSITIONS, GPTConfig
+from prepare import Progress, new_parser, parse_int, run_program, write_atomically
+from train import autocast, choose_device
 
 # The five attentions, and those of them that can share, with one head of keys or values.
 VARIANTS = {name: dict(attention=name, n_kv_head=None) for name in ATTENTIONS} | {

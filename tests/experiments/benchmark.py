@@ -23,13 +23,13 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import kernel  # noqa: E402
-from kernel import triton  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from prepare import Progress, UserError, describe_error, new_parser, run_program  # noqa: E402
+import kernel
+from kernel import triton
+from model import GPT, GPTConfig
+from prepare import Progress, UserError, describe_error, new_parser, run_program
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 

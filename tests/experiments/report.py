@@ -1,8 +1,8 @@
 """What finished runs show, as Markdown: one table of all attentions, fifteen claims, and many
-differences.
+differences. `compare.py --report` runs it.
 
-What is claimed was fixed before the runs of tests/sweeps.py were computed, and is tested once, on
-the runs of its first part. All else is exploratory: differences with intervals, and no verdicts.
+What is claimed was fixed before the runs of sweeps.py were computed, and is tested once, on the
+runs of its first part. All else is exploratory: differences with intervals, and no verdicts.
 """
 
 import itertools
@@ -230,8 +230,8 @@ def first_table(runs, speeds):
 
 
 def speed(rows, attention):
-    """How fast an attention is beside QKV, of the rows that tests/speeds.py has measured; None
-    where it has not."""
+    """How fast an attention is beside QKV, of the rows that speeds.py has measured; None where it
+    has not."""
     return next((row["speed"] for row in rows if row["attention"] == attention), None)
 
 
@@ -446,9 +446,7 @@ def equal_time_text(runs, speeds):
     """What is lost or gained after the time that QKV's 600 steps take, and after a fifth of it."""
     equal = {label(kind): kind for kind in sweeps.equal_time()}
     if not equal:
-        return (
-            "### At equal time\n\nNo step times are stored; `python tests/speeds.py` measures them."
-        )
+        return "### At equal time\n\nNo step times are stored; speeds.py measures them."
     textbook = kind_of("rope+agf", QKV)
     others = [QKV_ROTATED, MQA_ROTATED, QV]
     chosen = [equal[label(attention)] for attention in (*others, QV_KA)]
@@ -522,7 +520,7 @@ long runs.
 
 
 def planned(runs, is_planned=True):
-    """Those of the runs that tests/sweeps.py asks for; or the others."""
+    """Those of the runs that sweeps.py asks for; or the others."""
     return Runs(
         record
         for record in runs.records()

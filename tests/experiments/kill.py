@@ -1,8 +1,8 @@
-"""What is lost when training is killed: nothing. Small runs are killed again and again, and
-compared with whole ones.
+"""Kills small runs again and again, and compares them with whole ones: nothing may be lost. Run it
+after a change of how train.py saves or goes on.
 
-    python tests/kill.py                           50 kills in each setting: a quarter of an hour
-    python tests/kill.py --kills=10 --setting=two  two processes under torchrun, killed at once
+    python tests/experiments/kill.py              50 kills in each setting: a quarter of an hour
+    python tests/experiments/kill.py --kills=10 --setting=two      two processes under torchrun
 
 For each setting one run is trained without a break. The same command, which is restartable, is then
 started in another folder, gets SIGKILL at a random moment, goes on, and so on, until it is
@@ -27,11 +27,11 @@ from threading import Timer
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from model import GPT  # noqa: E402
-from prepare import Progress, UserError, new_parser, parse_int, run_program  # noqa: E402
+from model import GPT
+from prepare import Progress, UserError, new_parser, parse_int, run_program
 
 FLAGS = [
     "--dataset=signs",

@@ -1,11 +1,11 @@
-"""Trains many runs by train.py, so that attentions can be compared, and reports what they show.
+"""Trains many runs by train.py, and reports what they show. Run it to compare attentions, your own
+with ours, too, or to make assets/results.md anew.
 
-    python tests/compare.py                         qkv, qv and qv_ka, seeds 1337 to 1341
-    python tests/compare.py --attention=all --pos=rope,agf --seeds=1-20
-    python tests/compare.py --attention=qv --n_inner=576    train.py's flags go to its runs
-    python tests/compare.py --lengths=1,2,4,8       also in windows of up to 8 times the context
-    python tests/compare.py --part=1                the first part of the runs of results.md
-    python tests/compare.py --report                trains nothing: makes results.md anew
+    python tests/experiments/compare.py                qkv, qv and qv_ka, seeds 1337 to 1341
+    python tests/experiments/compare.py --attention=all --pos=rope,agf --seeds=1-20
+    python tests/experiments/compare.py --n_inner=576  train.py's flags go to the runs
+    python tests/experiments/compare.py --part=1       the first part of the runs of results.md
+    python tests/experiments/compare.py --report       trains nothing: makes results.md anew
 
 Only runs that are not there yet are trained, nor stored in assets/. A run is a folder in --out. It
 holds what train.py writes, what that prints (output.txt) and, once the run is finished,
@@ -30,17 +30,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-import figures  # noqa: E402
-import report  # noqa: E402
-import runs  # noqa: E402
-import sweeps  # noqa: E402
+import figures
+import report
+import runs
+import sweeps
 
-import train  # noqa: E402
-from model import ATTENTIONS, GPT, POSITIONS, GPTConfig  # noqa: E402
-from prepare import (  # noqa: E402
+import train
+from model import ATTENTIONS, GPT, POSITIONS, GPTConfig
+from prepare import (
     OUT,
     Progress,
     UserError,
@@ -150,7 +150,7 @@ def parse(argv):
         "--part",
         type=parse_numbers,
         metavar="NUMBERS",
-        help=f"train these parts of tests/sweeps.py, 1 to {max(sweeps.PARTS)}, instead",
+        help=f"train these parts of tests/experiments/sweeps.py, 1 to {max(sweeps.PARTS)}, instead",
     )
     add(
         "--workers",
@@ -552,7 +552,7 @@ def report_sweep(jobs, args):
 def report_results(args):
     """Makes results.md and its figures of the stored runs and those of --out; with --assets, stores
     these, too."""
-    folder, command = args.out, "python tests/compare.py --report"
+    folder, command = args.out, "python tests/experiments/compare.py --report"
     if args.assets:
         folder, command = ASSETS, f"{command} --assets"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """The runs that assets/results.md is made of: seven parts, in the order in which they are computed.
 
-`python tests/compare.py --part=1` trains the runs of a part that are not there yet. A part is a
-list of sweeps, and a sweep trains each of its kinds with each of its seeds. A kind is all that
-makes a run but its seed: a dict of train.py's flags, as they are given. Nobody had seen a run of
-these seeds when the claims of report.py were chosen.
+`compare.py --part=1` trains the runs of a part that are not there yet. A part is a list of sweeps,
+and a sweep trains each of its kinds with each of its seeds. A kind is all that makes a run but its
+seed: a dict of train.py's flags, as they are given. Nobody had seen a run of these seeds when the
+claims of report.py were chosen.
 """
 
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 CPU = dict(preset="cpu", dataset="shakespeare_char")
 STEPS, CONTEXT = 600, 64  # of that preset
 
-# How fast attentions are beside QKV: what tests/speeds.py has measured.
-SPEEDS = Path(__file__).resolve().parents[1] / "assets" / "speeds.json"
+# How fast attentions are beside QKV: what speeds.py has measured.
+SPEEDS = Path(__file__).resolve().parents[2] / "assets" / "speeds.json"
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """Measures how fast the attentions of results.md train and decode beside QKV, and stores it in
-assets/speeds.json.
+assets/speeds.json. Run it after a change of how fast model.py is, before `compare.py --report`.
 
-    python tests/speeds.py                    some minutes, on an idle machine
+    python tests/experiments/speeds.py                    some minutes, on an idle machine
 
 Each model makes one step, or one token, in turn, again and again, so that all of them meet the same
 state of the machine. A speed is the median over turns of QKV's time by the model's. Training is
-that of the runs in tests/sweeps.py, decoding is by GPTConfig's 10.7M model, untrained, after 1,024
+that of the runs in sweeps.py, decoding is by GPTConfig's 10.7M model, untrained, after 1,024
 tokens; both under rope+agf. That model's heads are twice as wide, and so are contexts and latents.
 """
 
@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-import sweeps  # noqa: E402
+import sweeps
 
-import train  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from prepare import (  # noqa: E402
+import train
+from model import GPT, GPTConfig
+from prepare import (
     Progress,
     load_or_prepare,
     new_parser,

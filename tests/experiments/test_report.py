@@ -1,4 +1,4 @@
-"""tests/report.py, runs.py, stats.py, speeds.py and figures.py: known numbers, whose answers are
+"""report.py, runs.py, stats.py, speeds.py and figures.py: known numbers, whose answers are
 computed by hand or from printed tables."""
 
 import json

@@ -1,4 +1,5 @@
 """The figures of what finished runs show, each to be read in ten seconds at the width of a page.
+`compare.py --report` draws them.
 
 Colours are those of Okabe and Ito, which colour-blind people tell apart; markers say the same in
 print. Every error bar or band is the 95 % interval of a mean over seeds.

@@ -1,4 +1,4 @@
-"""tests/compare.py: which runs it plans, how it trains, stops, resumes and records them, and what
+"""compare.py: which runs it plans, how it trains, stops, resumes and records them, and what
 it refuses."""
 
 import json
@@ -405,11 +405,11 @@ def test_runs_are_stored_in_assets_only_on_request(sweep, tmp_path, monkeypatch)
     before = files(tmp_path)
     assert call("compare", "--report") is None
     assert files(tmp_path) == before
-    assert "Made by `python tests/compare.py --report` " in Path(
+    assert "Made by `python tests/experiments/compare.py --report` " in Path(
         "out/compare/results.md"
     ).read_text("utf-8")
     assert call("compare", "--report", "--assets") is None
-    assert "Made by `python tests/compare.py --report --assets` " in (
+    assert "Made by `python tests/experiments/compare.py --report --assets` " in (
         tmp_path / "results.md"
     ).read_text("utf-8")
     stored = json.loads((tmp_path / "results.json").read_text())
@@ -440,7 +440,7 @@ def test_the_stored_report_is_what_the_stored_runs_say(tmp_path, monkeypatch):
         Path("out/compare/results.md").read_text("utf-8").replace("--report`", "--report --assets`")
     )
     stored = (ROOT / "assets/results.md").read_text("utf-8")
-    assert made == stored, "run python tests/compare.py --report --assets"
+    assert made == stored, "run python tests/experiments/compare.py --report --assets"
 
 
 # Misuse -------------------------------------------------------------------------------------------
@@ -498,6 +498,6 @@ def refused(capsys, flags, words):
 def test_help_teaches(capsys):
     assert call("compare", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "python tests/compare.py --report" in text
+    assert "python tests/experiments/compare.py --report" in text
     assert "2001-2020" in text and "default: qkv,qv,qv_ka" in text
     assert "goes to train.py" in text
