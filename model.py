@@ -42,6 +42,10 @@ LOGITS_STD = 0.3
 # A table is added to the embeddings (learned or sinusoidal), or modules work inside attention:
 # Rotary (rope), Decay (agf), or both (rope+agf).
 
+POSITIONS = ("learned", "sinusoidal", "rope", "agf", "rope+agf")
+ROPE = ("rope", "rope+agf")
+AGF = ("agf", "rope+agf")
+
 
 def frequencies(width):
     """The frequencies of width / 2 waves, from 2 pi to nearly 10000 * 2 pi tokens long."""
@@ -133,8 +137,8 @@ class Attention(nn.Module):
         self.scale = d_query**-0.5
         self.q = nn.Linear(C, H * d_query, bias=False)
         self.out = nn.Linear(C, C, bias=False)
-        self.rotary = Rotary(d_rotary or D, config.block_size) if "rope" in config.pos else None
-        self.decay = Decay(H) if "agf" in config.pos else None
+        self.rotary = Rotary(d_rotary or D, config.block_size) if config.pos in ROPE else None
+        self.decay = Decay(H) if config.pos in AGF else None
 
     def forward(self, x, start=0, cache=None):
         q = self.query(x)  # (B, T, H, D)
@@ -215,7 +219,8 @@ class Attention(nn.Module):
         if bias is not None:
             bias = bias.reshape(-1, *q.shape[1:3], S)  # (B or 1, G, H / G, S)
 
-        # PyTorch's attention would give one head to one thread, and round a float32 bias.
+        # PyTorch's attention computes a head in one thread, so a single head would have one thread
+        # only; and it rounds a bias to the numbers of q, which are shorter under autocast.
         if G > 1 and (bias is None or bias.dtype == q.dtype):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         else:
@@ -288,7 +293,7 @@ class MLA(Attention):
 
     def __init__(self, config):
         D, L = config.n_embd // config.n_head, config.d_latent
-        R = config.d_rope if "rope" in config.pos else 0
+        R = config.d_rope if config.pos in ROPE else 0
         super().__init__(config, d_query=D + R, d_rotary=R)
         self.widths = L, R
         self.down = nn.Linear(config.n_embd, L + R, bias=False)
@@ -317,8 +322,11 @@ class MLA(Attention):
         return [(q, latents)], latents
 
     def finish(self, y, start):
-        # Decoding: a mean of up_v(c) is up_v of the mean of c.
-        return y if start == 0 else per_head(self.up_v.mT, y[..., : self.widths[0]])
+        # Training: y is a mean of values already.
+        if start == 0:
+            return y
+        # Decoding: y is a mean of [c; r], and a mean of up_v(c) is up_v of the mean of c.
+        return per_head(self.up_v.mT, y[..., : self.widths[0]])
 
 
 class QV(Attention):
@@ -473,7 +481,6 @@ def qv_ka(config):
 
 
 ATTENTIONS = {"qkv": QKV, "gqa": QKV, "mla": MLA, "qv": QV, "qv_ka": qv_ka}
-POSITIONS = ("learned", "sinusoidal", "rope", "agf", "rope+agf")
 
 
 # --- The KV cache: it stores whatever `write` returns and knows no variant ------------------------
@@ -510,9 +517,6 @@ def option(default, help, choices=None, only=None):
     if only:
         help = f"{' under '.join('/'.join(values) for values in only.values())}: {help}"
     return field(default=default, metadata={"help": help, "choices": choices, "only": only or {}})
-
-
-ROPE = ("rope", "rope+agf")
 
 
 @dataclass(frozen=True)
@@ -670,7 +674,8 @@ class GPT(nn.Module):
         in one. Vectors keep what their module gave them."""
         if parameter.dim() == 1:
             return
-        # A matrix is (fan_out, fan_in), an embedding (V, C), one per head (H, fan_in, fan_out).
+        # The fan-in is the second size of a matrix (fan_out, fan_in), and of a stack of matrices,
+        # one for each head, (H, fan_in, fan_out). Of embeddings (V, C) it is that of the output.
         std = parameter.size(1) ** -0.5
         # Embeddings are tied to the output, so they set the size of the logits.
         if name in ("wte.weight", "wpe.weight"):
