@@ -48,6 +48,7 @@ from prepare import UserError
 # --- Cells and tables -----------------------------------------------------------------------------
 
 NOTHING = "—"
+MISSING = "None of these runs is there yet."
 
 
 def loss_text(values):
@@ -255,8 +256,9 @@ def all_there_are(kind):
 
 
 def comparison(runs, kinds, baseline, wanted=all_there_are, measure=final_loss):
-    """A table for each setting: each kind, and how it differs from its baseline. `baseline` is a
-    function of a kind, to another; `wanted` one to the seeds that there should be."""
+    """A table for each setting: each kind of which there are runs, and how it differs from its
+    baseline. `baseline` is a function of a kind, to another; `wanted` one to the seeds that there
+    should be."""
     head = ["positions", "attention", "seeds", "numbers remembered", "weights in attention"]
     head += [
         "loss",
@@ -267,6 +269,8 @@ def comparison(runs, kinds, baseline, wanted=all_there_are, measure=final_loss):
     for kind in kinds:
         seeds, base = wanted(kind), baseline(kind)
         losses = runs.sums([(1, kind)], measure, seeds)
+        if not losses:
+            continue
         weights = runs.fact(kind, "attention_parameters")
         row = [
             kind["pos"],
@@ -294,11 +298,14 @@ def setting_text(kind):
 
 
 def differences(runs, pairs, measure=final_loss):
-    """A table with a row for each pair of kinds: the first less the second."""
+    """A table with a row for each pair of kinds of which there are runs: the first less the
+    second."""
     rows = []
     for one, other in pairs:
         seeds = sorted(set(sweeps.seeds_of(one)) & set(sweeps.seeds_of(other)))
         values = runs.sums([(1, one), (-1, other)], measure, seeds)
+        if not values:
+            continue
         memory = [runs.fact(kind, "remembered") or NOTHING for kind in (one, other)]
         rows.append(
             [
@@ -311,7 +318,7 @@ def differences(runs, pairs, measure=final_loss):
             ]
         )
     head = ["attention", "less", "positions", "numbers remembered", "seeds", "difference"]
-    return table(head, rows)
+    return table(head, rows) if rows else ""
 
 
 def windows(runs, kinds, wanted=all_there_are):
@@ -434,12 +441,12 @@ SECTIONS = [
 
 def section_text(runs, section):
     """A section; a table in it says of how many of its seeds it is."""
-    parts = [f"### {section.title}", section.words]
-    if section.kinds:
-        parts.append(comparison(runs, section.kinds, like_qkv, sweeps.seeds_of))
-    if section.pairs:
-        parts.append(differences(runs, section.pairs))
-    return "\n\n".join(parts)
+    tables = [
+        comparison(runs, section.kinds, like_qkv, sweeps.seeds_of),
+        differences(runs, section.pairs),
+    ]
+    found = [table for table in tables if table] or [MISSING]
+    return "\n\n".join([f"### {section.title}", section.words, *found])
 
 
 def equal_time_text(runs, speeds):
@@ -463,9 +470,9 @@ def equal_time_text(runs, speeds):
             "### At equal time",
             "An attention has 600 steps times its training speed in the first table: as many as "
             "take the time of 600 steps of QKV.",
-            differences(runs, pairs_of_losses),
+            differences(runs, pairs_of_losses) or MISSING,
             "The mean training loss of the time that the first fifth of QKV's steps takes:",
-            differences(runs, pairs_of_early, early_loss_in_time),
+            differences(runs, pairs_of_early, early_loss_in_time) or MISSING,
         ]
     )
 
@@ -473,7 +480,7 @@ def equal_time_text(runs, speeds):
 def windows_text(runs):
     kinds = sweeps.WINDOWS
     text = windows(runs, kinds, lambda kind: sweeps.seeds_of(kind, windows=True))
-    return "### In longer windows\n\n" + (text or "No run was evaluated in longer windows yet.")
+    return f"### In longer windows\n\n{text or MISSING}"
 
 
 MEANING = """\
