@@ -5,6 +5,9 @@ Colours are those of Okabe and Ito, which colour-blind people tell apart; marker
 print. Every error bar or band is the 95 % interval of a mean over seeds.
 """
 
+import itertools
+import math
+
 import numpy as np
 import sweeps
 from matplotlib.figure import Figure
@@ -97,11 +100,15 @@ def draw_positions(groups, path):
 
 
 def draw_frontier(runs, kinds, path):
-    """The loss of each kind against what a token leaves behind, each with its name beside it."""
+    """The loss of each kind against what a token leaves behind, each with its name beside it. Kinds
+    that leave behind as much stand a little apart."""
     figure, (axes,) = new_figure(5)
+    remembered = [runs.fact(kind, "remembered") for kind in kinds]
     points = []
-    for kind in kinds:
-        x = runs.fact(kind, "remembered")
+    for number, kind in enumerate(kinds):
+        before = remembered[:number].count(remembered[number])
+        after = remembered[number + 1 :].count(remembered[number])
+        x = remembered[number] * 1.02 ** (before - after)
         mean, half = interval(runs.sums([(1, kind)], final_loss, sweeps.seeds_of(kind)))
         axes.errorbar(x, mean, half, linestyle="none", **style(kind))
         points.append((x, mean, half, in_lines(label(kind))))
@@ -126,17 +133,18 @@ def place_names(figure, axes, points):
     inside = axes.get_window_extent()
     taken = [box_of_point(axes, *point[:3]) for point in points]
     for x, y, _, name in points:
-        for side, height in PLACES:
-            right, up = axes.transData.transform((x, y)) + (14 * side, height)
-            place = axes.transData.inverted().transform((right, up))
-            text = axes.text(*place, name, ha=ALIGNED[side], va="center", fontsize=9)
+        for shift in PLACES:
+            pixels = axes.transData.transform((x, y)) + shift
+            place = axes.transData.inverted().transform(pixels)
+            side = "left" if shift[0] > 0 else "right"
+            text = axes.text(*place, name, ha=side, va="center", fontsize=9)
             box = text.get_window_extent()
             fits = inside.x0 < box.x0 and box.x1 < inside.x1
             if fits and not any(box.overlaps(other) for other in taken):
                 break
             text.remove()
         else:
-            text = axes.text(*place, name, ha=ALIGNED[side], va="center", fontsize=9)
+            text = axes.text(*place, name, ha=side, va="center", fontsize=9)
         taken.append(text.get_window_extent())
         axes.plot([x, place[0]], [y, place[1]], color="0.6", linewidth=0.8, zorder=0)
 
@@ -149,10 +157,9 @@ def box_of_point(axes, x, mean, half):
     return Bbox.from_extents(left - 6, below - 6, right + 6, above + 6)
 
 
-# Where a name may stand, nearest first: on which side of its point, and how much higher, in pixels.
-HEIGHTS = sorted(range(-150, 151, 6), key=abs)
-PLACES = [(side, height) for height in HEIGHTS for side in (1, -1)]
-ALIGNED = {1: "left", -1: "right"}
+# Where a name may stand, nearest first: how far to the right of its point and above it, in pixels.
+ASIDE = (14, -14, 30, -30, 50, -50, 70, -70)
+PLACES = sorted(itertools.product(ASIDE, range(-150, 151, 6)), key=lambda shift: math.hypot(*shift))
 
 
 # --- Losses in longer windows ---------------------------------------------------------------------
