@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -148,14 +149,26 @@ def test_a_crash_loses_no_more_than_the_steps_since_the_last_checkpoint(
     assert_goes_on_as(whole, "out/parts", "--resume")
 
 
-def test_seconds_are_those_of_all_parts(folder):
-    before = checkpoint("out/run")["seconds"]
-    assert 0 < before < 5
-    assert call("train", *RESUME, "--max_steps=7") is None
-    after = checkpoint("out/run")["seconds"]
-    assert before < after < before + 5
-    entries = [json.loads(line) for line in Path("out/run/log.jsonl").read_text().splitlines()]
-    assert entries[-1]["seconds"] == after and entries[1]["seconds"] == before
+def test_seconds_are_those_of_all_steps_and_of_no_evaluation(folder, monkeypatch):
+    """By a made-up clock, on which a step takes 1 s and an evaluation 100 s."""
+    clock = types.SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+
+    def taking(seconds, function):
+        def work(*args, **options):
+            clock.now += seconds
+            return function(*args, **options)
+
+        return work
+
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train, "train_step", taking(1, train.train_step))
+    monkeypatch.setattr(train, "evaluate", taking(100, train.evaluate))
+    assert call("train", *TINY, "--out=out/new") is None
+    assert call("train", "--resume", "--out=out/new", "--max_steps=8") is None
+    entries = [json.loads(line) for line in Path("out/new/log.jsonl").read_text().splitlines()]
+    assert [(entry["step"], entry["seconds"]) for entry in entries] == [(3, 3), (6, 6), (8, 8)]
+    assert checkpoint("out/new")["seconds"] == 8
 
 
 # In one Python process, as in a notebook ----------------------------------------------------------
