@@ -196,6 +196,12 @@ def test_how_often_each_token_is_drawn(temperature, top_k, expected):
     assert ((found - expected).abs() <= 5 * deviation).all()
 
 
+def test_products_are_of_the_precision_that_is_asked_for(said):
+    """The cache shows it: in bfloat16 it takes half of the bytes."""
+    assert "cache of 2,048 bytes, 128 a token" in said("--dtype=float32")[1]
+    assert "cache of 1,024 bytes, 64 a token" in said("--dtype=bfloat16")[1]
+
+
 # The text is written while it is made -------------------------------------------------------------
 
 

@@ -412,6 +412,13 @@ def test_muon_makes_steps_orthogonal(shape):
         torch.testing.assert_close(one, orthogonal(matrix), rtol=1e-3, atol=1e-5)
 
 
+def test_muon_leaves_alone_what_has_a_gradient_of_zero():
+    w = torch.nn.Parameter(torch.ones(3, 4))
+    w.grad = torch.zeros(3, 4)
+    train.Muon([w], weight_decay=0.0).step()
+    assert torch.equal(w, torch.ones(3, 4))
+
+
 def small_problem(kind):
     """A matrix, an optimizer of it, and a closure that computes a loss and its gradient."""
     torch.manual_seed(0)
@@ -609,6 +616,34 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(folder, monkeypatch):
 
 
 # What a run says and writes -----------------------------------------------------------------------
+
+
+def test_a_run_says_what_it_trains_and_how(folder, capsys):
+    """A step is of 4 windows of 16 tokens."""
+    assert call("train", *TINY, "--dtype=bfloat16", "--out=out/new") is None
+    model, plan, *_ = capsys.readouterr().out.splitlines()
+    size = sum(weights.numel() for weights in checkpoint("out/new")["model"].values())
+    epochs = 6 * 64 / len(prepare.read_dataset("tiny")[1]["train"])
+    assert model == (
+        "model: qv attention, rope+agf positions, 1 layers, 2 heads, 16 wide: "
+        f"{size:,} parameters, trained for 0 steps"
+    )
+    assert plan == (
+        f"plan:  6 steps of 64 tokens, {epochs:.2g} epochs of tiny, on 1 x cpu, 1 threads, "
+        "bfloat16, attention by torch"
+    )
+
+
+def test_products_are_of_the_precision_that_is_asked_for(folder):
+    for dtype in "float32", "bfloat16":
+        flags = ["--max_steps=1", f"--dtype={dtype}", f"--out=out/{dtype}"]
+        assert call("train", *TINY, *flags) is None
+    one, other = losses("out/float32"), losses("out/bfloat16")
+    assert one != other and one == pytest.approx(other, rel=0.01)
+
+
+def test_a_model_knows_the_characters_of_its_text(folder):
+    assert checkpoint("out/run")["model_config"]["vocab_size"] == len(set(TEXT))
 
 
 def test_what_a_run_logs(folder):
