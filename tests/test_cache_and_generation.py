@@ -98,6 +98,13 @@ def test_when_the_context_is_full_its_last_half_is_read_again(attention, pos):
     assert torch.equal(generated(model, tokens(2, 20), 30), torch.cat(expected, dim=1))
 
 
+def test_generation_keeps_nothing_for_gradients():
+    model, kept = small("qv", "learned"), []
+    model.ln_f.register_forward_hook(lambda module, x, y: kept.append(y.requires_grad))
+    generated(model, tokens(1, 3), 4)
+    assert kept == [False] * 4
+
+
 def test_a_context_of_one_token_generates():
     model = small("qv", "learned", block_size=1)
     assert generated(model, tokens(1, 3), 5).shape == (1, 5)

@@ -42,19 +42,16 @@ def test_the_readmes_attention_is_qv_with_the_route_in_its_query(keyless, pos):
 
 
 def test_a_flag_of_its_own(monkeypatch):
-    """A field of GPTConfig, which the attention reads."""
+    """A field of GPTConfig, as the README writes it, which the attention reads."""
     attention = readmes_attention().replace(
         "torch.empty(self", "torch.empty(1 if config.shared_route else self"
     )
-    field = (
-        "    shared_route: bool = option("
-        'False, "share one route among the heads", only={"attention": ("keyless",)})\n'
-    )
+    field = re.search(r"`(shared_route: bool = .*?)`", README.read_text(), re.DOTALL)[1]
     source, after = Path(model_py.__file__).read_text(), "\n    def sizes(self)"
     assert source.count(after) == 1
     fork = types.ModuleType("fork")
     monkeypatch.setitem(sys.modules, "fork", fork)
-    exec(source.replace(after, field + after) + "\n\n" + attention, vars(fork))
-    for shared, shape in (True, (1, 8, 8)), (False, (4, 8, 8)):
-        config = fork.GPTConfig(attention="keyless", shared_route=shared, **SMALL)
+    exec(source.replace(after, f"    {field}\n{after}") + "\n\n" + attention, vars(fork))
+    for flag, shape in ({"shared_route": True}, (1, 8, 8)), ({}, (4, 8, 8)):
+        config = fork.GPTConfig(attention="keyless", **flag, **SMALL)
         assert fork.GPT(config).blocks[0].attention.route.shape == shape

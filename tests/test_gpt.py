@@ -29,9 +29,9 @@ def gelu(x):
 def test_the_model_is_gpt_2(pos):
     """Pre-norm blocks of attention and an MLP, without biases; embeddings are the output's, too."""
     model, idx = small("qv", pos), tokens(2, 24)
-    for name, parameter in model.named_parameters():
-        if "ln_" in name:
-            parameter.data += vectors(32)  # gains that can be told from 1
+    gains = [gain for name, gain in model.named_parameters() if "ln_" in name]
+    for gain, more in zip(gains, vectors(len(gains), 32)):
+        gain.data += more  # so that it can be told from 1 and from the others
     x = model.wte.weight[idx]
     if pos in ("learned", "sinusoidal"):
         x = x + model.wpe.weight
@@ -170,6 +170,13 @@ def test_dropout_is_everywhere_where_gpt_2_has_it(attention, pos):
     }
 
 
+def test_what_is_dropped_is_half_of_the_embeddings_and_of_what_a_layer_adds():
+    model = small("qv", "learned", dropout=0.5).train()
+    block, x = model.blocks[0], vectors(4, 24, 32)
+    for made in model.embed(tokens(4, 24)), block.attention(x), block.mlp(x):
+        assert 0.45 < (made == 0).double().mean() < 0.55
+
+
 @CASES
 def test_nothing_is_dropped_in_evaluation_and_sampling(attention, pos):
     model, idx = small(attention, pos, dropout=0.5), tokens(2, 24)
@@ -233,6 +240,13 @@ def test_a_model_can_be_built_without_memory(attention, pos):
 
 
 # Loading ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_a_checkpoint_holds_what_is_learned_and_no_table(pos):
+    """So it can be loaded for a longer context, too."""
+    model = small("qv", pos)
+    assert model.state_dict().keys() == {name for name, _ in model.named_parameters()}
 
 
 def save(network, path, **changes):

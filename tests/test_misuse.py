@@ -20,6 +20,7 @@ KERNEL = ["--kernel=triton", "--device=cpu"]
 TRAIN_FLAGS = [
     # what is given beside NEW, and words of the sentence
     ("--attentoin=qv", "unrecognized arguments: --attentoin=qv"),
+    ("--n_lay=2", "unrecognized arguments: --n_lay=2"),
     ("--attention=qkw", "argument --attention: invalid choice: 'qkw'"),
     ("--optimizer=sgd", "argument --optimizer: invalid choice: 'sgd'"),
     ("--dtype=float8", "argument --dtype: invalid choice: 'float8'"),
@@ -225,12 +226,19 @@ def other_config(path, **changes):
     changed(path, model_config={**config, **changes})
 
 
+class Code:
+    """What leaves a file behind when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("code has run"),)
+
+
 UNREADABLE = {
     "cut off": lambda path: path.write_bytes(path.read_bytes()[:3000]),
     "empty": lambda path: path.write_bytes(b""),
     "a text": lambda path: path.write_text("hello"),
     "a list": lambda path: torch.save([1, 2], path),
-    "code": lambda path: torch.save(print, path),
+    "code": lambda path: torch.save(Code(), path),
     "older": lambda path: changed(path, format=2),
 }
 OF_ANOTHER_MODEL = {

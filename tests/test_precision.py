@@ -81,6 +81,22 @@ def test_bfloat16_does_not_round_the_decay(attention, start):
     torch.testing.assert_close(weights, expected, rtol=0.01, atol=1e-30)
 
 
+def test_bfloat16_does_not_round_the_scores_of_contexts():
+    """Which are added to those of values, here zero, for a token that is decoded. To round a score
+    of 60 to eight bits would change a weight by a tenth. The scale is 1/4, which rounds nothing."""
+    module = small("qv_ka", "learned", block_size=40, n_embd=64).float().blocks[0].attention
+    module.w_k.data[:, module.d_ctx :] = 0.0
+    module.q.weight.data *= 40.0
+    x = vectors(1, 40, 64).float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        weights = attention_weights(module, x, start=39)[0, 0].double()
+        pairs, _ = module.read(module.query(x[:, 39:]), module.write(x, 0), 39)
+    q_ctx, ctx = (tensor[0].double() for tensor in pairs[1])
+    scores = module.scale * torch.einsum("the,she->hs", q_ctx, ctx.expand(-1, 4, -1))
+    assert scores.abs().max() > 60
+    torch.testing.assert_close(weights, scores.softmax(-1), rtol=0.01, atol=1e-30)
+
+
 # All of a model in 16 bits ------------------------------------------------------------------------
 
 

@@ -121,6 +121,10 @@ def test_a_prepared_text_comes_back_in_gpt2_s_encoding(here, gpt2):
     assert read_dataset("mixed")[0]["tokenizer"] == {"kind": "gpt2"}
 
 
+def test_characters_are_numbered_in_unicodes_order(tiny):
+    assert read_dataset("tiny")[0]["tokenizer"] == {"kind": "char", "chars": CHARS}
+
+
 def test_the_last_tenth_is_for_validation(tiny):
     meta, splits = read_dataset("tiny")
     assert len(splits["train"]) == int(0.9 * len(TEXT))

@@ -1,11 +1,16 @@
-"""README.md: its commands' flags exist, its links lead somewhere, and its Python works."""
+"""README.md: its commands' flags and their values exist, its links lead somewhere, and its Python
+works."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 from conftest import call
+
+import train
+from model import ATTENTIONS, QV
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,14 +28,29 @@ def commands():
             words = shlex.split(command.partition("|")[2] or command)
             programs = [word for word in words if word.endswith(".py")]
             if programs and words[0] in ("python", "torchrun"):
-                flags = [word.partition("=")[0] for word in words[words.index(programs[0]) :]]
-                flags = [flag for flag in flags if flag.startswith("--")]
+                after = words[words.index(programs[0]) + 1 :]
+                flags = [word for word in after if word.startswith("--")]
                 found.append((Path(programs[0]).stem, flags))
     return found
 
 
+def flags_in_the_text():
+    """Those of train.py, which stand alone or side by side."""
+    text = README.replace("torchrun's `--nnodes`", "")
+    return [flag for flags in re.findall(r"`(--[^`]+)`", text) for flag in flags.split()]
+
+
+def names(flags):
+    return {flag.partition("=")[0] for flag in flags}
+
+
 def test_there_are_commands():
     assert {"train", "sample", "prepare", "compare"} <= {program for program, _ in commands()}
+
+
+def test_every_program_exists():
+    for path in re.findall(r"python ([\w/]+\.py)", README):
+        assert (ROOT / path).exists(), path
 
 
 @pytest.mark.parametrize("program", sorted({program for program, _ in commands()}))
@@ -44,7 +64,27 @@ def test_every_flag_exists(program, capsys):
         known |= set(re.findall(r"--\w+", capsys.readouterr().out))
     for other, flags in commands():
         if other == program:
-            assert set(flags) <= known
+            assert names(flags) <= known
+
+
+def test_every_flag_in_the_text_exists(capsys):
+    call("train", "--help")
+    assert names(flags_in_the_text()) <= set(re.findall(r"--\w+", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("program", ["train", "sample", "compare", "decoding"])
+def test_programs_take_the_values_of_their_flags(program, monkeypatch):
+    monkeypatch.setitem(ATTENTIONS, "keyless", QV)  # as the README has one made
+    for other, flags in commands():
+        if other == program:
+            importlib.import_module(program).parse(flags)
+
+
+def test_train_takes_the_values_of_flags_in_the_text():
+    for flag in flags_in_the_text():
+        value = flag.partition("=")[2]
+        if value and not value.isupper():  # G or FOLDER stand for any
+            train.parse([flag])
 
 
 def test_every_link_to_a_file_leads_somewhere():

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import types
 from dataclasses import asdict
 from pathlib import Path
 
@@ -195,6 +196,12 @@ def test_how_often_each_token_is_drawn(temperature, top_k, expected):
     assert ((found - expected).abs() <= 5 * deviation).all()
 
 
+def test_products_are_of_the_precision_that_is_asked_for(said):
+    """The cache shows it: in bfloat16 it takes half of the bytes."""
+    assert "cache of 2,048 bytes, 128 a token" in said("--dtype=float32")[1]
+    assert "cache of 1,024 bytes, 64 a token" in said("--dtype=bfloat16")[1]
+
+
 # The text is written while it is made -------------------------------------------------------------
 
 
@@ -307,6 +314,22 @@ def test_what_it_cost_is_said_at_the_end(said):
     assert said("--out=out/small", "--no-cache")[1].endswith("; no cache; attention by torch")
 
 
+def test_tokens_a_second_are_of_all_texts(said, monkeypatch):
+    """By a made-up clock, on which each token takes half a second."""
+    clock, generate = types.SimpleNamespace(now=0.0), GPT.generate
+    clock.perf_counter = lambda: clock.now
+
+    def slowly(*args):
+        for token in generate(*args):
+            clock.now += 0.5
+            yield token
+
+    monkeypatch.setattr(sample, "time", clock)
+    monkeypatch.setattr(GPT, "generate", slowly)
+    line = said("--num_samples=3", "--max_new_tokens=20")[1]
+    assert line.startswith("60 tokens in 30.0 s, 2 tokens/s; ")
+
+
 # What the heads attend to -------------------------------------------------------------------------
 
 
@@ -389,6 +412,11 @@ def test_an_attention_map_has_the_first_token_at_the_top_and_on_the_left(figure)
     left, right, bottom, top = axes.images[0].get_extent()
     assert left < right and top < bottom and axes.yaxis_inverted()
     assert axes.images[0].origin == "upper"
+
+
+def test_an_attention_map_says_of_which_model_it_is_and_how_to_read_it(figure):
+    expected = "qv, rope+agf\nweight of each token (across) for each (down)"
+    assert figure[0].get_suptitle() == expected
 
 
 def test_an_attention_map_s_colours_are_of_one_scale(figure):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from conftest import (
     same,
 )
 
+import prepare
 import train
 from model import GPT
 
@@ -148,14 +150,46 @@ def test_a_crash_loses_no_more_than_the_steps_since_the_last_checkpoint(
     assert_goes_on_as(whole, "out/parts", "--resume")
 
 
-def test_seconds_are_those_of_all_parts(folder):
-    before = checkpoint("out/run")["seconds"]
-    assert 0 < before < 5
-    assert call("train", *RESUME, "--max_steps=7") is None
-    after = checkpoint("out/run")["seconds"]
-    assert before < after < before + 5
-    entries = [json.loads(line) for line in Path("out/run/log.jsonl").read_text().splitlines()]
-    assert entries[-1]["seconds"] == after and entries[1]["seconds"] == before
+@pytest.fixture
+def made_up_clock(monkeypatch):
+    """A step takes 100 s, and an evaluation 1 s."""
+    clock = types.SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+
+    def taking(seconds, function):
+        def work(*args, **options):
+            clock.now += seconds
+            return function(*args, **options)
+
+        return work
+
+    for module in train, prepare:
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(train, "train_step", taking(100, train.train_step))
+    monkeypatch.setattr(train, "evaluate", taking(1, train.evaluate))
+
+
+def test_seconds_are_those_of_all_steps_and_of_no_evaluation(folder, made_up_clock):
+    assert call("train", *TINY, "--out=out/new") is None
+    assert call("train", "--resume", "--out=out/new", "--max_steps=8") is None
+    entries = [json.loads(line) for line in Path("out/new/log.jsonl").read_text().splitlines()]
+    assert [(entry["step"], entry["seconds"]) for entry in entries] == [
+        (3, 300),
+        (6, 600),
+        (8, 800),
+    ]
+    assert checkpoint("out/new")["seconds"] == 800
+
+
+def test_the_time_left_is_told_from_the_steps_of_this_part(folder, made_up_clock, capsys):
+    """A step is of 4 windows of 16 tokens."""
+    assert call("train", *RESUME, "--max_steps=9", "--batch_size=4") is None
+    first, second, _ = losses("out/run")[6:]
+    shown = [line for line in capsys.readouterr().err.splitlines() if "left" in line]
+    assert shown[:2] == [
+        f"step 7 of 9: loss {first:.3f}, 1 tokens/s, 0:03:20 left",
+        f"step 8 of 9: loss {second:.3f}, 1 tokens/s, 0:01:40 left",
+    ]
 
 
 # In one Python process, as in a notebook ----------------------------------------------------------

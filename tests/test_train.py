@@ -25,6 +25,7 @@ from conftest import (
     program,
     same,
 )
+from matplotlib.figure import Figure
 
 import model
 import prepare
@@ -33,6 +34,7 @@ from model import ATTENTIONS, GPT, POSITIONS, GPTConfig
 from train import TrainConfig, autocast
 
 CPU = torch.device("cpu")
+FLOAT32 = autocast(CPU, "float32")
 
 # The command line ---------------------------------------------------------------------------------
 
@@ -134,32 +136,83 @@ def test_presets_are_defaults_that_flags_override():
     assert (shape.n_layer, shape.n_embd, training.max_steps) == (2, 128, 600)
 
 
-def test_the_cpu_preset_trains_as_the_stored_runs_did():
-    training, shape = train.configure({"preset": "cpu"})
-    assert (shape.n_layer, shape.n_head, shape.n_embd, shape.block_size) == (4, 4, 128, 64)
-    expected = {
+# The cpu preset is that of the stored runs; the others are nanoGPT's.
+PRESETS = {
+    "cpu": {
+        "dataset": None,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 128,
+        "block_size": 64,
+        "dropout": 0.0,
         "batch_size": 12,
+        "micro_batch_size": None,
         "max_steps": 600,
         "optimizer": "muon",
         "learning_rate": 1e-2,
         "warmup_steps": 20,
         "weight_decay": 0.2,
         "beta2": 0.95,
-        "grad_clip": 1.0,
-        "seed": 1337,
-    }
-    assert {name: getattr(training, name) for name in expected} == expected
-    assert shape.dropout == 0
-    # Its validation loss has five points at least.
-    assert training.max_steps / training.eval_interval >= 5
+        "eval_interval": 120,
+        "eval_tokens": 4096,
+    },
+    "gpu": {
+        "dataset": None,
+        "n_layer": 6,
+        "n_head": 6,
+        "n_embd": 384,
+        "block_size": 256,
+        "dropout": 0.2,
+        "batch_size": 64,
+        "micro_batch_size": None,
+        "max_steps": 5000,
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "warmup_steps": 100,
+        "weight_decay": 0.1,
+        "beta2": 0.99,
+        "eval_interval": 250,
+        "eval_tokens": None,
+    },
+    "gpt2": {
+        "dataset": "openwebtext",
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "block_size": 1024,
+        "dropout": 0.0,
+        "batch_size": 480,
+        "micro_batch_size": 12,
+        "max_steps": 600_000,
+        "optimizer": "adamw",
+        "learning_rate": 6e-4,
+        "warmup_steps": 2000,
+        "weight_decay": 0.1,
+        "beta2": 0.95,
+        "eval_interval": 1000,
+        "eval_tokens": 2_000_000,
+    },
+}
+EVERY_PRESET = {
+    "attention": "qv",
+    "pos": "rope+agf",
+    "seed": 1337,
+    "grad_clip": 1.0,
+    "n_inner": None,
+}
 
 
-def test_the_larger_presets_have_the_sizes_that_they_are_named_after():
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_what_a_preset_means(preset):
+    training, shape = train.configure({"preset": preset})
+    found = dataclasses.asdict(training) | dataclasses.asdict(shape)
+    expected = EVERY_PRESET | PRESETS[preset] | {"preset": preset}
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_the_gpu_preset_has_the_size_of_nanogpts():
     _, shape = train.configure({"preset": "gpu", "attention": "qkv"})
     assert 10.0e6 < sum(weights.numel() for weights in GPT(shape).parameters()) < 11e6
-    training, shape = train.configure({"preset": "gpt2"})
-    assert training.batch_size * shape.block_size == 491_520
-    assert training.dataset == "openwebtext"
 
 
 def test_an_attention_of_ones_own_has_a_flag_of_its_own(folder, monkeypatch):
@@ -301,6 +354,16 @@ def test_dropout_draws_anew_in_each_step_and_not_in_evaluations(folder, monkeypa
     assert len({entry["val_loss_part"] for entry in log("out/new")}) == 1
 
 
+def test_dropout_follows_from_the_seed():
+    network = GPT(GPTConfig(block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.5))
+    idx = torch.arange(32).view(4, 8)
+    one, again, other = (
+        train.train_step(network, [], TrainConfig(batch_size=4, seed=seed), 7, idx, idx, FLOAT32)
+        for seed in (1, 1, 2)
+    )
+    assert one == again != other
+
+
 def test_the_learning_rate():
     config = TrainConfig(learning_rate=1.0, warmup_steps=9, max_steps=100)
     rates = [train.learning_rate(step, config) for step in range(120)]
@@ -347,6 +410,13 @@ def test_muon_makes_steps_orthogonal(shape):
     assert cosines.min() > 0.85
     for one, matrix in zip(made, x):
         torch.testing.assert_close(one, orthogonal(matrix), rtol=1e-3, atol=1e-5)
+
+
+def test_muon_leaves_alone_what_has_a_gradient_of_zero():
+    w = torch.nn.Parameter(torch.ones(3, 4))
+    w.grad = torch.zeros(3, 4)
+    train.Muon([w], weight_decay=0.0).step()
+    assert torch.equal(w, torch.ones(3, 4))
 
 
 def small_problem(kind):
@@ -548,6 +618,34 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(folder, monkeypatch):
 # What a run says and writes -----------------------------------------------------------------------
 
 
+def test_a_run_says_what_it_trains_and_how(folder, capsys):
+    """A step is of 4 windows of 16 tokens."""
+    assert call("train", *TINY, "--dtype=bfloat16", "--out=out/new") is None
+    model, plan, *_ = capsys.readouterr().out.splitlines()
+    size = sum(weights.numel() for weights in checkpoint("out/new")["model"].values())
+    epochs = 6 * 64 / len(prepare.read_dataset("tiny")[1]["train"])
+    assert model == (
+        "model: qv attention, rope+agf positions, 1 layers, 2 heads, 16 wide: "
+        f"{size:,} parameters, trained for 0 steps"
+    )
+    assert plan == (
+        f"plan:  6 steps of 64 tokens, {epochs:.2g} epochs of tiny, on 1 x cpu, 1 threads, "
+        "bfloat16, attention by torch"
+    )
+
+
+def test_products_are_of_the_precision_that_is_asked_for(folder):
+    for dtype in "float32", "bfloat16":
+        flags = ["--max_steps=1", f"--dtype={dtype}", f"--out=out/{dtype}"]
+        assert call("train", *TINY, *flags) is None
+    one, other = losses("out/float32"), losses("out/bfloat16")
+    assert one != other and one == pytest.approx(other, rel=0.01)
+
+
+def test_a_model_knows_the_characters_of_its_text(folder):
+    assert checkpoint("out/run")["model_config"]["vocab_size"] == len(set(TEXT))
+
+
 def test_what_a_run_logs(folder):
     """The training loss is the mean of the last 100 steps, or of all."""
     assert call("train", *TINY, "--out=out/new") is None
@@ -642,6 +740,34 @@ def test_the_picture_of_a_run_whose_evaluations_are_of_all():
     assert set(found) == {"training", "validation, all tokens"}
 
 
+def test_the_picture_names_its_axes_and_its_curves():
+    entries = [{"step": 20, "val_loss_part": 3.0, "val_loss": 3.0}]
+    (axes,) = train.draw_losses([4.0] * 20, entries, 500).axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss (nats a token)")
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["training", "validation, all tokens", "validation, the first 500 tokens"]
+
+
+def test_a_run_draws_its_own_losses(folder, monkeypatch):
+    drawn, savefig = [], Figure.savefig
+
+    def keep(figure, *args, **options):
+        drawn.append(figure)
+        savefig(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    assert call("train", *TINY, "--out=out/new") is None
+    three, six = log("out/new")
+    assert curves(*drawn) == {
+        "training": ([1, 2, 3, 4, 5, 6], losses("out/new")),
+        "validation, the first 500 tokens": (
+            [3, 6],
+            [three["val_loss_part"], six["val_loss_part"]],
+        ),
+        "validation, all tokens": ([6], [six["val_loss"]]),
+    }
+
+
 # The kernel ---------------------------------------------------------------------------------------
 
 
@@ -675,9 +801,6 @@ def kernel_model(monkeypatch, kernel, attention="qv", **changes):
     monkeypatch.setitem(train.sys.modules, "kernel", kernel)
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 30}
     return GPT(GPTConfig(attention=attention, pos="agf", **{**sizes, **changes}))
-
-
-FLOAT32 = autocast(CPU, "float32")
 
 
 @pytest.mark.parametrize("attention", ["qkv", "qv"])

@@ -227,10 +227,10 @@ def calls(folder, monkeypatch):
     return lambda: [json.loads(line) for line in Path("calls.jsonl").read_text().splitlines()]
 
 
-def save_finished(attention, steps=6):
+def save_finished(attention, steps=6, **sizes):
     """Writes finished.pt: the folder's own run, as if it were one of that attention, under rope."""
     stored = torch.load("out/run/last.pt", weights_only=True)
-    config = dict(stored["model_config"], attention=attention, pos="rope")
+    config = dict(stored["model_config"], attention=attention, pos="rope", **sizes)
     model = GPT(GPTConfig(**config))
     changed = dict(model_config=asdict(model.config), model=model.state_dict())
     torch.save({**stored, **changed, "losses": stored["losses"][:steps]}, "finished.pt")
@@ -287,6 +287,13 @@ def test_the_final_loss_is_the_last_of_the_whole_split_and_the_best_the_lowest(c
     found = record("qkv")
     assert (found["final_val_loss"], found["best_val_loss"], found["best_step"]) == (1.5, 1.25, 3)
     assert found["log"] == stored["log"]
+
+
+def test_numbers_remembered_are_those_of_one_layer(calls):
+    save_finished(attention="qkv", n_layer=2)
+    flags = [*TINY, "--n_layer=2", "--attention=qkv", "--pos=rope", "--seeds=1"]
+    assert call("compare", *flags) is None
+    assert record("qkv")["remembered"] == 32, "a key and a value, 16 wide each"
 
 
 def test_a_run_that_is_stored_is_not_trained_again(calls, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import decoding
 import pytest
 import torch
 from conftest import call
+from matplotlib.figure import Figure
 
 from model import ATTENTIONS, QV, GPTConfig
 from train import autocast
@@ -16,11 +17,13 @@ SHAPE = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64)
 
 
 def test_a_table_of_measured_bytes_and_ratios(capsys, monkeypatch):
-    """By a made-up clock: with the cache, a token takes 1/4 s, but qkv's 1/2 s; without, 1 s."""
-    cached = [0.5, *[0.25] * (len(decoding.VARIANTS) - 1)]
-    took = itertools.cycle(
-        [*cached * 3, *[1.0] * len(cached) * 4]
-    )  # a first token, then 2; or then 3
+    """By a made-up clock: with the cache, a token takes 1/4 s, but qkv's 1/2 s; without, 1 s, or
+    half a second less or more. A first one, which takes 9 s, does not count."""
+    number = len(decoding.VARIANTS)
+    cached = [0.5, *[0.25] * (number - 1)]
+    rounds = [[9.0] * number, cached, cached]
+    rounds += [[seconds] * number for seconds in (9.0, 0.5, 1.0, 1.5)]
+    took = itertools.cycle(itertools.chain.from_iterable(rounds))
     times = itertools.accumulate(
         itertools.chain.from_iterable((100.0, next(took)) for _ in itertools.count())
     )
@@ -62,6 +65,27 @@ def test_a_table_of_measured_bytes_and_ratios(capsys, monkeypatch):
 )
 def test_what_a_token_leaves_behind(name, parts):
     assert decoding.remembered(SHAPE, decoding.VARIANTS[name]) == parts
+
+
+def test_the_picture_has_a_box_for_each_vector_and_says_their_sum(tmp_path, monkeypatch):
+    drawn, savefig = [], Figure.savefig
+
+    def keep(figure, *args, **options):
+        drawn.append(figure)
+        savefig(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    decoding.draw(SHAPE, tmp_path / "memory.png")
+    (axes,) = drawn[0].axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == [*decoding.VARIANTS]
+    for row, variant in enumerate(decoding.VARIANTS.values()):
+        letters, widths = zip(*decoding.remembered(SHAPE, variant))
+        ends = [*itertools.accumulate(widths)]
+        boxes = [box for box in axes.patches if box.get_y() < row < box.get_y() + box.get_height()]
+        assert [box.get_width() for box in boxes] == [*widths]
+        assert [box.get_x() for box in boxes] == [0, *ends[:-1]]
+        words = [text.get_text() for text in axes.texts if text.get_position()[1] == row]
+        assert words == [*letters, str(ends[-1])]
 
 
 def test_the_picture_and_its_errors(tmp_path, capsys):

@@ -12,6 +12,7 @@ import speeds
 import stats
 import sweeps
 import torch
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from runs import NAMES, Runs, final_loss, label, loss_in_windows, mean_loss_of_first
 from sweeps import GQA, MQA_ROTATED, QKV, QKV_ROTATED, QV, QV_1, QV_KA, kind_of
@@ -583,8 +584,8 @@ def test_what_is_measured_trains_and_decodes():
 # Figures: what they draw, read from them ----------------------------------------------------------
 
 
-@pytest.fixture
-def drawn(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
     """Draws all figures of the planned runs: {file name: Figure}."""
     found = {}
 
@@ -592,9 +593,10 @@ def drawn(tmp_path, monkeypatch):
         found[path.name] = figure
         return path
 
-    monkeypatch.setattr(figures, "save", keep)
     first = Runs(several(kind_of("learned", QKV), [2.0, 2.2], seeds=(1337, 1338)))
-    figures.draw_results(every_planned_run(), first, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save", keep)
+        figures.draw_results(every_planned_run(), first, tmp_path_factory.mktemp("figures"))
     return found
 
 
@@ -653,6 +655,18 @@ def test_the_names_in_the_frontier_do_not_overlap(drawn):
         assert not any(box.overlaps(other) for other in boxes[number + 1 :]), names[number]
 
 
+def test_a_line_leads_from_each_point_in_the_frontier_to_its_name(drawn):
+    (panel,) = drawn["frontier.png"].axes
+    lines = [line.get_xydata() for line in panel.lines]
+    starts = {tuple(line[1]): line[0] for line in lines if len(line) == 2}
+    point_of = {
+        text.get_text().replace("\n", " "): starts[text.get_position()] for text in panel.texts
+    }
+    for kind in sweeps.MEMORY:
+        mean, _ = expected(kind, seeds=sweeps.seeds_of(kind))
+        assert point_of[label(kind)] == pytest.approx([remembered(kind), mean])
+
+
 def test_longer_windows_have_a_panel_for_each_kind_of_positions(drawn):
     rope, both = drawn["lengths.png"].axes
     assert (rope.get_title(), both.get_title()) == ("rope positions", "rope+agf positions")
@@ -673,6 +687,45 @@ def test_early_training_is_less_that_of_rotated_qkv_over_the_first_fifth(drawn):
     difference = np.mean(runs.sums(terms, final_loss))
     assert [x for x, *_ in found["QV"]] == pytest.approx(np.arange(5, 120, 10), abs=1)
     assert [mean for _, mean, _ in found["QV"]] == pytest.approx([difference] * 12)
+
+
+def test_early_differences_have_intervals_and_a_line_at_zero(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: found.append(figure))
+    qkv, qv = kind_of("rope+agf", QKV_ROTATED), kind_of("rope+agf", QV)
+    records = [run(qkv, 2001, early=3.0), run(qkv, 2002, early=4.0)]
+    records += [run(qv, 2001, early=3.1), run(qv, 2002, early=4.3)]
+    figures.draw_early(Runs(records), [qv], tmp_path / "early.png")
+    (panel,) = found[0].axes
+    wanted = stats.interval([0.1, 0.3])
+    assert [point[1:] for point in bars(panel)["QV"]] == [pytest.approx(wanted)] * 12
+    assert [0, 0] in [list(line.get_ydata()) for line in panel.lines]
+
+
+def test_a_legend_has_each_attention_in_its_own_colour(drawn):
+    for name in "positions.png", "lengths.png", "early.png":
+        (legend,) = drawn[name].legends
+        colours = {
+            text.get_text(): to_hex(handle.get_color()[0])
+            for text, handle in zip(legend.get_texts(), legend.legend_handles)
+        }
+        for attention in QKV, QV, QV_KA:
+            kind = kind_of("rope+agf", attention)
+            assert colours[label(kind)] == figures.style(kind)["color"].lower(), name
+
+
+def test_axes_say_what_they_show(drawn):
+    names = {
+        name: [(panel.get_xlabel(), panel.get_ylabel()) for panel in figure.axes]
+        for name, figure in drawn.items()
+    }
+    loss = "validation loss (nats per token)"
+    assert names == {
+        "positions.png": [("", loss)],
+        "frontier.png": [("numbers remembered per token and layer", loss)],
+        "lengths.png": [("tokens in a window", loss), ("tokens in a window", "")],
+        "early.png": [("step", "training loss less that of\nQKV, rotated")],
+    }
 
 
 def test_colours_and_markers_tell_attentions_apart_and_faces_their_variants():
