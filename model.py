@@ -232,11 +232,11 @@ class Attention(nn.Module):
     def shared_product(self, q, k):
         """scale q k^T, (B, H, 1, S), of q (B, 1, H, width) and k (B, S, 1, width), which the heads
         share: in float32 also where autocast takes less."""
-        q, k = self.scale * q[:, 0], k[:, :, 0]
+        q, k = q[:, 0], k[:, :, 0]  # (B, H, width) and (B, S, width)
         if k.dtype.itemsize >= 4:
-            return (k @ q.mT).mT[:, :, None]
+            return (k @ (self.scale * q).mT).mT[:, :, None]
         with torch.autocast(k.device.type, enabled=False):
-            return (k.float() @ q.float().mT).mT[:, :, None]
+            return (k.float() @ (self.scale * q.float()).mT).mT[:, :, None]
 
     def attend_fused(self, pairs, v):
         """`attend` by kernel.py, where a score is a product with a key and, if there is a second
@@ -757,18 +757,7 @@ class GPT(nn.Module):
     def load(cls, path):
         """The model of a checkpoint that train.py wrote, on the CPU and ready to sample, and the
         checkpoint itself, a dict. Raises UserError."""
-        if not Path(path).is_file():
-            raise UserError(f"there is no checkpoint {path}; train a model first: python train.py")
-        unreadable = OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            if checkpoint["format"] != CHECKPOINT_FORMAT:
-                raise LookupError
-        except unreadable:
-            raise UserError(
-                f"{path} cannot be read, or is no checkpoint of this code; take another, or train "
-                "again"
-            ) from None
+        checkpoint = read_checkpoint(path)
         try:
             model = cls(GPTConfig(**checkpoint["model_config"]))
             model.load_state_dict(checkpoint["model"])
@@ -793,3 +782,20 @@ def sample(logits, temperature, top_k):
 
 # The format of a checkpoint goes up when older ones would mean something else.
 CHECKPOINT_FORMAT = 4
+
+
+def read_checkpoint(path, mmap=False):
+    """What train.py wrote there, a dict; with mmap, weights stay on disk until they are used.
+    Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}; train a model first: python train.py")
+    unreadable = OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if checkpoint["format"] != CHECKPOINT_FORMAT:
+            raise LookupError
+    except unreadable:
+        raise UserError(
+            f"{path} cannot be read, or is no checkpoint of this code; take another, or train again"
+        ) from None
+    return checkpoint

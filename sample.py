@@ -10,6 +10,7 @@ error.
 """
 
 import codecs
+import contextlib
 import sys
 import time
 from argparse import BooleanOptionalAction
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import GPT
+from model import GPT, read_checkpoint
 from prepare import (
     UserError,
     new_parser,
@@ -122,11 +123,11 @@ def describe(path, model, checkpoint):
         f"{steps:,} steps"
     )
     last = path.with_name("last.pt")
-    if last.exists():
-        # With mmap, the weights are not read.
-        losses = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["losses"]
-        if len(losses) > steps:
-            words += f"; last.pt has {len(losses):,} steps, take it by --out={last}"
+    # Perhaps there is none, or none that can be read.
+    with contextlib.suppress(UserError):
+        steps_of_last = len(read_checkpoint(last, mmap=True)["losses"])
+        if steps_of_last > steps:
+            words += f"; last.pt has {steps_of_last:,} steps, take it by --out={last}"
     return words
 
 

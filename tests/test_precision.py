@@ -83,11 +83,11 @@ def test_bfloat16_does_not_round_the_decay(attention, start):
 
 def test_bfloat16_does_not_round_the_scores_of_contexts():
     """Which are added to those of values, here zero, for a token that is decoded. To round a score
-    of 60 to eight bits would change a weight by a tenth. The scale is 1/4, which rounds nothing."""
-    module = small("qv_ka", "learned", block_size=40, n_embd=64).float().blocks[0].attention
+    of 60 to eight bits would change a weight by a tenth."""
+    module = small("qv_ka", "learned", block_size=40).float().blocks[0].attention
     module.w_k.data[:, module.d_ctx :] = 0.0
     module.q.weight.data *= 40.0
-    x = vectors(1, 40, 64).float()
+    x = vectors(1, 40, 32).float()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         weights = attention_weights(module, x, start=39)[0, 0].double()
         pairs, _ = module.read(module.query(x[:, 39:]), module.write(x, 0), 39)

@@ -305,6 +305,12 @@ def test_a_run_that_was_never_validated_has_its_last_checkpoint_read(said):
     assert said()[0].startswith("out/run/last.pt: ")
 
 
+def test_a_damaged_last_pt_does_not_matter_beside_a_good_best_pt(said):
+    save_run("run")
+    Path("out/run/last.pt").write_bytes(b"words")
+    assert said()[0].startswith("out/run/best.pt: ")
+
+
 def test_what_it_cost_is_said_at_the_end(said):
     """A cache of 2 layers for 16 tokens: here 2 keys and 2 values of width 8, in 4 bytes."""
     save_run("small", attention="qkv")

@@ -664,7 +664,8 @@ def test_a_line_leads_from_each_point_in_the_frontier_to_its_name(drawn):
     }
     for kind in sweeps.MEMORY:
         mean, _ = expected(kind, seeds=sweeps.seeds_of(kind))
-        assert point_of[label(kind)] == pytest.approx([remembered(kind), mean])
+        x, y = point_of[label(kind)]
+        assert x == pytest.approx(remembered(kind), rel=0.08) and y == pytest.approx(mean)
 
 
 def test_longer_windows_have_a_panel_for_each_kind_of_positions(drawn):
