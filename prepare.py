@@ -152,6 +152,11 @@ def write_atomically(path, write_to):
             temporary.unlink(missing_ok=True)
 
 
+def save_figure(figure, path):
+    """Writes a matplotlib figure as PNG, whole or not at all. Raises UserError."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
 def newest_run():
     """The folder in out/ with the youngest checkpoint. Raises UserError where there is none."""
     runs = sorted(OUT.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)

@@ -27,8 +27,8 @@ from prepare import (
     parse_int,
     read_text,
     run_program,
+    save_figure,
     tokenizer_from,
-    write_atomically,
 )
 from train import autocast, choose_device, choose_kernel
 
@@ -235,10 +235,7 @@ def main(argv=None):
     idx = torch.tensor(tokenizer.encode(prompt), device=device)[None]  # (1, T)
 
     if args.attention_map:
-        figure = draw_attention(model, tokenizer, idx)
-        write_atomically(
-            args.attention_map, lambda file: figure.savefig(file, format="png", dpi=150)
-        )
+        save_figure(draw_attention(model, tokenizer, idx), args.attention_map)
         print(f"{args.attention_map}: attention weights over {idx.size(1)} tokens")
         return
 

@@ -47,6 +47,7 @@ from prepare import (
     new_parser,
     newest_run,
     parse_int,
+    save_figure,
     write_atomically,
 )
 
@@ -1121,10 +1122,7 @@ def main(argv=None):
                 started = time.perf_counter()
 
         if RANK == 0:
-            figure = draw_losses(run.losses, run.log, part)
-            write_atomically(
-                run.out / "loss.png", lambda file: figure.savefig(file, format="png", dpi=150)
-            )
+            save_figure(draw_losses(run.losses, run.log, part), run.out / "loss.png")
         say(
             f"curves: {run.out}/loss.png; to sample from it: "
             f"python sample.py --out={shlex.quote(str(run.out))}"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "experiments")]
@@ -116,6 +117,19 @@ def folder(trained, tmp_path, monkeypatch):
         json.dumps({**json.loads(meta.read_text()), "source": str(Path("tiny.txt").resolve())})
     )
     return tmp_path
+
+
+@pytest.fixture
+def saved_figures(monkeypatch):
+    """The figures that a test has saved so far."""
+    figures, savefig = [], Figure.savefig
+
+    def keep(figure, *args, **options):
+        figures.append(figure)
+        savefig(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,6 @@ from conftest import (
     program,
     same,
 )
-from matplotlib.figure import Figure
 
 import model
 import prepare
@@ -748,17 +747,10 @@ def test_the_picture_names_its_axes_and_its_curves():
     assert names == ["training", "validation, all tokens", "validation, the first 500 tokens"]
 
 
-def test_a_run_draws_its_own_losses(folder, monkeypatch):
-    drawn, savefig = [], Figure.savefig
-
-    def keep(figure, *args, **options):
-        drawn.append(figure)
-        savefig(figure, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
+def test_a_run_draws_its_own_losses(folder, saved_figures):
     assert call("train", *TINY, "--out=out/new") is None
     three, six = log("out/new")
-    assert curves(*drawn) == {
+    assert curves(*saved_figures) == {
         "training": ([1, 2, 3, 4, 5, 6], losses("out/new")),
         "validation, the first 500 tokens": (
             [3, 6],

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from model import ATTENTIONS, GPT, POSITIONS, GPTConfig
-from prepare import Progress, new_parser, parse_int, run_program, write_atomically
+from prepare import Progress, new_parser, parse_int, run_program, save_figure
 from train import autocast, choose_device
 
 # The five attentions, and those of them that can share, with one head of keys or values.
@@ -192,7 +192,7 @@ def draw(shape, path):
         loc="lower right",
         fontsize=9,
     )
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    save_figure(figure, path)
     print(f"drew {path}")
 
 

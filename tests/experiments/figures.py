@@ -18,7 +18,7 @@ from stats import interval
 from sweeps import QKV, QKV_ROTATED, QV, QV_KA, kinds_of
 
 from model import POSITIONS
-from prepare import write_atomically
+from prepare import save_figure
 
 COLOURS = {
     "qkv": "#000000",
@@ -72,7 +72,7 @@ def use_powers_of_two(panel, numbers):
 
 
 def save(figure, path):
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    save_figure(figure, path)
     return path
 
 

@@ -8,7 +8,6 @@ import decoding
 import pytest
 import torch
 from conftest import call
-from matplotlib.figure import Figure
 
 from model import ATTENTIONS, QV, GPTConfig
 from train import autocast
@@ -67,16 +66,9 @@ def test_what_a_token_leaves_behind(name, parts):
     assert decoding.remembered(SHAPE, decoding.VARIANTS[name]) == parts
 
 
-def test_the_picture_has_a_box_for_each_vector_and_says_their_sum(tmp_path, monkeypatch):
-    drawn, savefig = [], Figure.savefig
-
-    def keep(figure, *args, **options):
-        drawn.append(figure)
-        savefig(figure, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
+def test_the_picture_has_a_box_for_each_vector_and_says_their_sum(tmp_path, saved_figures):
     decoding.draw(SHAPE, tmp_path / "memory.png")
-    (axes,) = drawn[0].axes
+    (axes,) = saved_figures[0].axes
     assert [text.get_text() for text in axes.get_yticklabels()] == [*decoding.VARIANTS]
     for row, variant in enumerate(decoding.VARIANTS.values()):
         letters, widths = zip(*decoding.remembered(SHAPE, variant))
