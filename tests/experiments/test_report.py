@@ -2,6 +2,7 @@
 computed by hand or from printed tables."""
 
 import json
+import re
 import zlib
 
 import figures
@@ -549,6 +550,17 @@ def test_the_cells_of_the_readme_are_those_of_results_md():
     results = (root / "assets/results.md").read_text("utf-8")
     assert any(not set(head).isdisjoint(report.ALL_FOUR) for head, _ in tables(readme))
     assert wrong_cells(readme, results) == []
+
+
+def test_the_differences_that_the_readme_tells_are_in_results_md():
+    root = sweeps.SPEEDS.parents[1]
+    if not (root / "assets/results.json").exists():
+        pytest.skip("no runs of the parts are stored yet")
+    lines = (root / "README.md").read_text("utf-8").splitlines()
+    prose = "\n".join(line for line in lines if not line.startswith("|"))
+    told = re.findall(r"(?<!\d)\d\.\d{4}(?!\d)", prose)
+    results = (root / "assets/results.md").read_text("utf-8")
+    assert told and [number for number in told if number not in results] == []
 
 
 # Speeds -------------------------------------------------------------------------------------------
