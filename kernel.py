@@ -13,7 +13,7 @@ attention of model.py:
     mla        attention(q, v, k), under rope with q_ctx and ctx for its rotary key
     qv         attention(q, v)
     qv_ka      attention(q, v, k) with keys [g; v] W_K that were made before; or, where they cannot
-               be made, attention(q_v, v, q_ctx=q_ctx, ctx=g) with the query [q_ctx; q_v] = W_K q
+               be made, attention(q_v, v, q_ctx=q_ctx, ctx=g) with the query [q_ctx; q_v] = q W_K^T
 
 The softmax is computed tile by tile and no score leaves the chip (FlashAttention, arXiv:2205.14135
 and 2307.08691). What is saved for the backward pass is o and lse_i = log sum_j exp(s_ij), from

@@ -124,8 +124,10 @@ class Attention(nn.Module):
     prompt, where all tokens are new and keys may be made of what they leave behind.
     """
 
-    # kernel.py, after GPT.use_kernel; and whether it decodes for this attention, too.
-    kernel, decodes_fused = None, False
+    # The module kernel.py, after GPT.use_kernel.
+    kernel = None
+    # Whether it decodes for this attention, too: only where the value is the key.
+    decodes_fused = False
     # Whether values are rotated, so that answers have to be rotated back.
     rotates_values = False
 
@@ -187,7 +189,7 @@ class Attention(nn.Module):
             bias = bias.masked_fill(future, -math.inf)  # (T, S) or (H, T, S)
             q, k, v = q.type_as(bias), k.type_as(bias), v.type_as(bias)
 
-        # It is fast only where keys and values have one width.
+        # PyTorch's attention is fast only where keys and values have one width.
         v = F.pad(v, (0, max(0, k.size(-1) - width)))
         with torch.autocast(q.device.type, enabled=False):
             y = F.scaled_dot_product_attention(
@@ -356,14 +358,14 @@ class QV(Attention):
 
 
 class QVKa(QV):
-    """QV-Ka, "Key-after-value & ctx" (arXiv:2603.15665): K = [G ; V] W_K, made of the values and of
-    one small context vector per token, G = x W_ctx, which the heads share. A key is linear in what
-    is remembered (here columns), so W_K can move over to the query, and no key has to exist:
+    """QV-Ka, "Key-after-value & ctx" (arXiv:2603.15665): a key is [g ; v] W_K, made of the value v
+    and of one small context vector g = x W_ctx, which the heads share. A key is linear in what is
+    remembered, so W_K can move over to the query, and no key has to exist:
 
-        q . k_j  =  q . W_K^T [g_j ; v_j]  =  (W_K q) . [g_j ; v_j]  =  q_ctx . g_j  +  q_v . v_j
+        q . k_j  =  q . ([g_j ; v_j] W_K)  =  (q W_K^T) . [g_j ; v_j]  =  q_ctx . g_j  +  q_v . v_j
 
     QV-Ka is QV plus a score from the context. Under RoPE, g and v are rotated when they are written
-    and both halves of W_K q when they ask. Then [g ; v] W_K is no key any more, for R stands
+    and both halves of q W_K^T when they ask. Then [g ; v] W_K is no key any more, for R stands
     between W_K and what is remembered, and training takes the folded form, too."""
 
     def __init__(self, config):
@@ -395,7 +397,7 @@ class QVKa(QV):
         return [(q_v, v), (q_ctx, g)], v
 
     def keys(self, v, g):
-        """[G ; V] W_K: v (B, S, G, D) and g (B, S, 1, E) to (B, S, H, D)."""
+        """[g ; v] W_K: v (B, S, G, D) and g (B, S, 1, E) to (B, S, H, D)."""
         H, G = self.n_head, v.size(2)
         w_g, w_v = self.w_k.expand(H, -1, -1).tensor_split([self.d_ctx], dim=1)
         w_v = w_v.unflatten(0, (G, H // G))
@@ -404,7 +406,7 @@ class QVKa(QV):
         return k_g + k_v.flatten(2, 3)
 
     def fold(self, q):
-        """W_K q: q (B, T, H, D) to (B, T, H, E + D)."""
+        """q W_K^T: q (B, T, H, D) to (B, T, H, E + D)."""
         return per_head(self.w_k, q)
 
     def rotate_pieces(self, x, start):

@@ -371,7 +371,7 @@ def read_text(path):
 def shakespeare():
     """Tiny Shakespeare, from data/shakespeare_char/input.txt if it lies there, else downloaded."""
     place = DATA / "shakespeare_char" / "input.txt"
-    advice = f"save {SHAKESPEARE_URL} as {place}, or take pydoc, which needs no download"
+    advice = f"save {SHAKESPEARE_URL} as {place} (make that folder), or take pydoc instead"
     if place.exists():
         text = read_text(place)
     else:

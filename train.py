@@ -258,7 +258,9 @@ def parse(argv=None):
             if field.name == "vocab_size":  # the data set's to say
                 continue
             help, choices = field.metadata["help"], field.metadata["choices"]
-            if field.default is not None:
+            if any(field.name in preset for preset in PRESETS.values()):
+                help += f" (default: the preset's, or else {field.default})"
+            elif field.default is not None:
                 help += f" (default: {field.default})"
             kind = dict(type=PARSERS[field.type], choices=choices)
             if field.type in (bool, bool | None):  # --compile, --compile=False, --no-compile

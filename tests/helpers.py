@@ -47,6 +47,13 @@ SOME = [
 ]
 CASES = pytest.mark.parametrize("attention,pos", EVERY + SOME)
 
+# Those that are written out as formulas. A fork has more attentions: these are in CASES, too.
+OURS = ("qkv", "gqa", "mla", "qv", "qv_ka")
+FORMULAS = pytest.mark.parametrize(
+    "attention,pos",
+    [case for case in EVERY + SOME if VARIANTS[case[0]]["attention"] in OURS],
+)
+
 # Each attention once, and each kind of positions: for slow tests.
 FEW = pytest.mark.parametrize(
     "attention,pos",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CASES, FEW, VARIANTS, cached_logits, logits, small, tokens
+from helpers import CASES, FEW, FORMULAS, VARIANTS, cached_logits, logits, small, tokens
 
 import model as model_py
 from model import ATTENTIONS
@@ -42,7 +42,7 @@ def numbers(formula, config):
     return sum(math.prod(values[factor] for factor in term.split()) for term in terms)
 
 
-@CASES
+@FORMULAS
 def test_cache_takes_what_the_tables_say(attention, pos):
     model = small(attention, pos).float()
     cache = model.new_cache()

@@ -46,7 +46,7 @@ def test_a_flag_of_its_own(monkeypatch):
     attention = readmes_attention().replace(
         "torch.empty(self", "torch.empty(1 if config.shared_route else self"
     )
-    field = re.search(r"`(shared_route: bool = .*?)`", README.read_text(), re.DOTALL)[1]
+    field = re.search(r"    (shared_route: bool = .*)\n", README.read_text())[1]
     source, after = Path(model_py.__file__).read_text(), "\n    def sizes(self)"
     assert source.count(after) == 1
     fork = types.ModuleType("fork")

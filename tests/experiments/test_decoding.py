@@ -37,7 +37,7 @@ def test_a_table_of_measured_bytes_and_ratios(capsys, monkeypatch):
     assert [tuple(row[:2]) for row in rows] == [
         (pos, name) for pos in ("learned", "rope") for name in names
     ]
-    assert {row[1]: int(row[2]) for row in rows if row[0] == "rope"} == {
+    expected = {
         "qkv": 128,
         "gqa": 64,
         "mla": 144,
@@ -47,6 +47,8 @@ def test_a_table_of_measured_bytes_and_ratios(capsys, monkeypatch):
         "qv, one v": 32,
         "qv_ka, one v": 96,
     }
+    found = {row[1]: int(row[2]) for row in rows if row[0] == "rope"}
+    assert found.items() >= expected.items()
     assert rows[0][3:] == ["2", "1.00", "1.0", "1.00"]
     assert all(row[3:] == ["4", "2.00", "1.0", "1.00"] for row in rows[1:8])
 
