@@ -506,8 +506,9 @@ FAMILY = """\
 
 Fixed before their runs were computed, on seeds that nobody had seen. A claim is **shown**, or **the
 opposite is shown**, if its difference is told from zero at a level of 5 % for all fifteen together
-(Student's t test, Holm's correction). Intervals are of each difference alone. Under rope and
-rope+agf QKV is QKV, rotated.
+(Student's t test, Holm's correction). Intervals are of each difference alone, so one may leave out
+zero although fifteen tests together do not tell it from zero. Under rope and rope+agf QKV is QKV,
+rotated.
 """
 
 EXPLORATORY = """\
