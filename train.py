@@ -258,10 +258,10 @@ def parse(argv=None):
             if field.name == "vocab_size":  # the data set's to say
                 continue
             help, choices = field.metadata["help"], field.metadata["choices"]
-            if any(field.name in preset for preset in PRESETS.values()):
-                help += f" (default: the preset's, or else {field.default})"
-            elif field.default is not None:
-                help += f" (default: {field.default})"
+            if field.default is not None:
+                in_a_preset = any(field.name in preset for preset in PRESETS.values())
+                whose = "the preset's, or else " if in_a_preset else ""
+                help += f" (default: {whose}{field.default})"
             kind = dict(type=PARSERS[field.type], choices=choices)
             if field.type in (bool, bool | None):  # --compile, --compile=False, --no-compile
                 no = dict(action="store_false", default=SUPPRESS, help=SUPPRESS)
