@@ -237,8 +237,9 @@ class Attention(nn.Module):
         q, k = q[:, 0], k[:, :, 0]  # (B, H, width) and (B, S, width)
         if k.dtype.itemsize >= 4:
             return (k @ (self.scale * q).mT).mT[:, :, None]
+        q, k = q.float(), k.float()
         with torch.autocast(k.device.type, enabled=False):
-            return (k.float() @ (self.scale * q.float()).mT).mT[:, :, None]
+            return (k @ (self.scale * q).mT).mT[:, :, None]
 
     def attend_fused(self, pairs, v):
         """`attend` by kernel.py, where a score is a product with a key and, if there is a second

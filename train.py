@@ -1,6 +1,6 @@
 """Trains a GPT with any of the five attentions.
 
-    python train.py                                     tiny Shakespeare: a minute on a laptop
+    python train.py                                     tiny Shakespeare: half a minute on two cores
     python train.py --preset=gpu                        nanoGPT's 10.7M baby GPT (default with CUDA)
     torchrun --nproc_per_node=8 train.py --preset=gpt2  GPT-2 124M on OpenWebText
     python train.py --resume                            goes on with the newest run, exactly

@@ -278,7 +278,7 @@ class QVKa(QKV):
 
 
 class Folded(QKV):
-    """The query [q_ctx; q_v] = W_K q: as QV-Ka trains under RoPE. Rivals need the key [g; v] for
+    """The query [q_ctx; q_v] = q W_K^T: as QV-Ka trains under RoPE. Rivals need the key [g; v] for
     every head."""
 
     def __init__(self, B, T):
