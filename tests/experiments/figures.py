@@ -29,6 +29,7 @@ COLOURS = {
 }
 MARKERS = {"qkv": "o", "gqa": "s", "mla": "^", "qv": "v", "qv_ka": "D"}
 LOSS = "validation loss (nats per token)"
+LESS_QKV = "{} loss less that of\nQKV, rotated (nats per token)"
 FOUR = (QKV, QKV_ROTATED, QV, QV_KA)
 
 
@@ -56,12 +57,14 @@ def new_figure(height, panels=1):
 
 
 def add_legend(figure, axes):
-    """One legend above all panels, with each name once."""
+    """One legend above all panels, with each name once, in the order of the alphabet."""
     entries = {}
     for panel in axes:
         handles, names = panel.get_legend_handles_labels()
         entries.update(zip(names, handles))
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4)
+    names = sorted(entries)
+    handles = [entries[name] for name in names]
+    figure.legend(handles, names, loc="outside upper center", ncols=4)
 
 
 def use_powers_of_two(panel, numbers):
@@ -100,8 +103,8 @@ def draw_positions(groups, path):
 
 
 def draw_frontier(runs, kinds, path):
-    """The loss of each kind against what a token leaves behind, each with its name beside it. Kinds
-    that leave behind as much stand a little apart."""
+    """What each kind loses beside QKV, which is paired by seed, against what a token leaves behind,
+    with its name beside it. Kinds that leave behind as much stand a little apart."""
     figure, (axes,) = new_figure(5)
     remembered = [runs.fact(kind, "remembered") for kind in kinds]
     points = []
@@ -109,12 +112,14 @@ def draw_frontier(runs, kinds, path):
         before = remembered[:number].count(remembered[number])
         after = remembered[number + 1 :].count(remembered[number])
         x = remembered[number] * 1.02 ** (before - after)
-        mean, half = interval(runs.sums([(1, kind)], final_loss, sweeps.seeds_of(kind)))
+        losses = runs.sums([(1, kind), (-1, like_qkv(kind))], final_loss, sweeps.seeds_of(kind))
+        mean, half = interval(losses)
         axes.errorbar(x, mean, half, linestyle="none", **style(kind))
         points.append((x, mean, half, in_lines(label(kind))))
     use_powers_of_two(axes, [32, 64, 128, 256])
     axes.margins(x=0.16, y=0.12)
-    axes.set(xlabel="numbers remembered per token and layer", ylabel=LOSS)
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set(xlabel="numbers remembered per token and layer", ylabel=LESS_QKV.format("validation"))
     place_names(figure, axes, points)
     return save(figure, path)
 
@@ -127,11 +132,13 @@ def in_lines(name):
 
 def place_names(figure, axes, points):
     """Writes a name beside each point (x, mean, half of the interval, name): where it covers
-    nothing else, if it can."""
+    nothing else, nor the line at zero, if it can."""
     axes.autoscale(False)
     figure.draw_without_rendering()
     inside = axes.get_window_extent()
     taken = [box_of_point(axes, *point[:3]) for point in points]
+    _, zero = axes.transData.transform((1.0, 0.0))
+    taken.append(Bbox.from_extents(inside.x0, zero - 2, inside.x1, zero + 2))
     for x, y, _, name in points:
         for shift in PLACES:
             pixels = axes.transData.transform((x, y)) + shift
@@ -201,12 +208,17 @@ def draw_early(runs, kinds, path):
         steps = (np.arange(len(mean)) + 0.5) * runs.fact(kind, "steps") / 5 / len(mean)
         axes[0].errorbar(steps + number - 1, mean, half, label=label(kind), **style(kind))
     axes[0].axhline(0, color="black", linewidth=1)
-    axes[0].set(xlabel="step", ylabel="training loss less that of\nQKV, rotated")
+    axes[0].set(xlabel="step", ylabel=LESS_QKV.format("training"))
     add_legend(figure, axes)
     return save(figure, path)
 
 
 # --- All of them ----------------------------------------------------------------------------------
+
+
+def is_beside_qkv(runs, kind):
+    """Whether there are runs of a kind and of the QKV that it is compared with."""
+    return bool(runs.sums([(1, kind), (-1, like_qkv(kind))], final_loss))
 
 
 def draw_results(runs, first, folder):
@@ -223,7 +235,7 @@ def draw_results(runs, first, folder):
     if groups:
         drawn.append(draw_positions(groups, folder / "positions.png"))
 
-    remembered = [kind for kind in sweeps.MEMORY if runs.values(kind, final_loss)]
+    remembered = [kind for kind in sweeps.MEMORY if is_beside_qkv(runs, kind)]
     if remembered:
         drawn.append(draw_frontier(runs, remembered, folder / "frontier.png"))
 
@@ -234,7 +246,7 @@ def draw_results(runs, first, folder):
         drawn.append(draw_lengths(runs, windows, folder / "lengths.png"))
 
     early = kinds_of("rope+agf", QKV, QV, QV_KA)
-    early = [kind for kind in early if runs.sums([(1, kind), (-1, like_qkv(kind))], final_loss)]
+    early = [kind for kind in early if is_beside_qkv(runs, kind)]
     if early:
         drawn.append(draw_early(runs, early, folder / "early.png"))
     return drawn

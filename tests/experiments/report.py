@@ -182,32 +182,35 @@ def family(runs, claims=CLAIMS):
 CAPTION = """\
 **Numbers remembered** are for one token in one layer. The next four columns are **losses** by
 positions. From *1,800 steps* to *equal time* they are under rope+agf: of runs three times as long,
-in windows of 8 times the context, and after the time that 600 steps of QKV take. A loss is a mean
-over 10 or 20 seeds, or as many as a bracket says where runs are missing, of the validation loss at
-the end, in nats per character. Half of its 95 % interval is at most {widest:.4f}; differences
-within a column, which are paired by seed, vary less.
+in windows of 8 times the context, and after the time that 600 steps of QKV take. A loss is that of
+the validation split at the end, in nats per character: a mean over the seeds {seeds}, the
+same for all, or over as many of them as a bracket says where runs are missing. Half of its 95 %
+interval is at most {loss:.4f}, and half of that of a difference from QKV (rotated, under
+rope), which is paired by seed, at most {difference:.4f}.
 **Speeds** are relative to QKV's, under rope+agf; decoding is at 1,024 tokens, by a model of 10.7M
 parameters.
 """
 
 
 def first_table(runs, speeds):
-    """Each attention in a row: what it remembers, its losses, its size and its speed."""
+    """Each attention in a row: what it remembers, its losses, its size and its speed. All losses
+    are of the same seeds, so they may be compared."""
+    seeds = sweeps.TABLE_SEEDS
     equal = {label(kind): kind for kind in sweeps.equal_time()}
     equal[label(QKV)] = kind_of("rope+agf", QKV)
-    halves, rows = [0.0], []
+    widest, rows = dict(loss=0.0, difference=0.0), []
 
-    def cell(kind, measure=final_loss, windows=False):
-        wanted = sweeps.seeds_of(kind, windows)
-        values = runs.sums([(1, kind)], measure, wanted)
-        if not values:
+    def cell(kind, measure=final_loss):
+        losses = runs.sums([(1, kind)], measure, seeds)
+        paired = runs.sums([(1, kind), (-1, like_qkv(kind))], measure, seeds)
+        for name, values in ("loss", losses), ("difference", paired):
+            if len(values) > 1:
+                _, half = interval(values)
+                widest[name] = max(widest[name], half)
+        if not losses:
             return NOTHING
-        mean, half = interval(values)
-        if len(values) > 1:
-            halves.append(half)
-        if len(values) < len(wanted):
-            return f"{mean:.4f} ({len(values)})"
-        return f"{mean:.4f}"
+        mean, _ = interval(losses)
+        return f"{mean:.4f}" if len(losses) == len(seeds) else f"{mean:.4f} ({len(losses)})"
 
     for attention in sweeps.TABLE:
         best = kind_of("rope+agf", attention)
@@ -218,7 +221,7 @@ def first_table(runs, speeds):
                 runs.fact(best, "remembered") or NOTHING,
                 *(cell(kind_of(pos, attention)) for pos in ALL_FOUR),
                 cell(kind_of("rope+agf", attention, max_steps=1800)),
-                cell(best, loss_in_windows(8 * sweeps.CONTEXT), windows=True),
+                cell(best, loss_in_windows(8 * sweeps.CONTEXT)),
                 cell(equal[label(best)]) if label(best) in equal else NOTHING,
                 f"{weights:,}" if weights else NOTHING,
                 speed_text(speeds["training"], attention),
@@ -227,7 +230,8 @@ def first_table(runs, speeds):
         )
     head = ["attention", "numbers remembered", *ALL_FOUR, "1,800 steps", "8 times the context"]
     head += ["equal time", "weights in attention", "training speed", "decoding speed"]
-    return table(head, rows) + "\n" + CAPTION.format(widest=max(halves))
+    caption = CAPTION.format(seeds=f"{seeds[0]} to {seeds[-1]}", **widest)
+    return table(head, rows) + "\n" + caption
 
 
 def speed(rows, attention):
@@ -539,7 +543,7 @@ def planned(runs, is_planned=True):
 # The figures that figures.py draws, and what they show.
 FIGURES = {
     "positions.png": "The losses by positions",
-    "frontier.png": "The losses under rope+agf, by what is remembered",
+    "frontier.png": "What each attention loses, by what it remembers (rope+agf)",
     "lengths.png": "The losses in longer windows",
     "early.png": "Early in training: the training losses under rope+agf less those of QKV, rotated",
 }
