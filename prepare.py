@@ -12,11 +12,13 @@ OpenWebText is read in parts: the same command, or one for more tokens, goes on 
 
 import argparse
 import contextlib
+import difflib
 import errno
 import hashlib
 import http.client
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -73,9 +75,17 @@ def new_parser(text, **options):
     parser = argparse.ArgumentParser(
         description=text, formatter_class=layout, allow_abbrev=False, **options
     )
-    parser.error = lambda message: parser.exit(
-        2, f"{parser.prog}: {message}; see {parser.prog} --help\n"
-    )
+
+    def refuse(message):
+        # Beside a flag that does not exist stands the one that is spelt most like it.
+        if message.startswith("unrecognized"):
+            names = re.findall(r"--(\w+)", parser.format_usage())
+            for wrong in re.findall(r"--([\w-]+)", message):
+                for similar in difflib.get_close_matches(wrong, names, n=1, cutoff=0.7):
+                    message += f"; is --{wrong} meant to be --{similar}?"
+        parser.exit(2, f"{parser.prog}: {message}; see {parser.prog} --help\n")
+
+    parser.error = refuse
     return parser
 
 

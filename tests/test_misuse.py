@@ -19,8 +19,9 @@ KERNEL = ["--kernel=triton", "--device=cpu"]
 
 TRAIN_FLAGS = [
     # what is given beside NEW, and words of the sentence
-    ("--attentoin=qv", "unrecognized arguments: --attentoin=qv"),
-    ("--n_lay=2", "unrecognized arguments: --n_lay=2"),
+    ("--attentoin=qv", "--attentoin=qv; is --attentoin meant to be --attention?"),
+    ("--n_lay=2", "unrecognized arguments: --n_lay=2; is --n_lay meant to be --n_layer?"),
+    ("--lr=2", "unrecognized arguments: --lr=2; see "),
     ("--attention=qkw", "argument --attention: invalid choice: 'qkw'"),
     ("--optimizer=sgd", "argument --optimizer: invalid choice: 'sgd'"),
     ("--dtype=float8", "argument --dtype: invalid choice: 'float8'"),

@@ -459,10 +459,12 @@ def equal_time_text(runs, speeds):
     if not equal:
         return "### At equal time\n\nNo step times are stored; speeds.py measures them."
     textbook = kind_of("rope+agf", QKV)
-    others = [QKV_ROTATED, MQA_ROTATED, QV]
-    chosen = [equal[label(attention)] for attention in (*others, QV_KA)]
     pairs_of_losses = [(one, textbook) for one in equal.values()]
-    pairs_of_losses += [(one, other) for other, one in itertools.combinations(chosen, 2)]
+    with_keys, without = (QKV_ROTATED, GQA_ROTATED, MQA_ROTATED), (QV, QV_KA, DIAGONAL)
+    for one, other in itertools.product(without, with_keys):
+        pairs_of_losses.append((equal[label(one)], equal[label(other)]))
+    for one in QV_KA, DIAGONAL:
+        pairs_of_losses.append((equal[label(one)], equal[label(QV)]))
     pairs_of_early = pairs("rope+agf", (QV, QKV_ROTATED), (QV_KA, QKV_ROTATED), (QV_KA, QV))
 
     def early_loss_in_time(run):
