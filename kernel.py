@@ -45,7 +45,7 @@ what the exponential takes.
                           the compiler made
 """
 
-from __future__ import annotations
+from __future__ import annotations  # so that no `tl` is looked for where Triton is missing
 
 import functools
 import math
@@ -176,8 +176,8 @@ def scores(x, y, x_ctx, y_ctx, span, a, MASK: tl.constexpr):
 
 @jit
 def attend(acc, l_i, m_i, s, v_tile, scale2):
-    """Adds N tokens to a running softmax over M rows: acc (M, D), and their sum l_i and maximum m_i
-    so far, (M, 1)."""
+    """Adds N tokens to a running softmax over M rows: acc (M, D) is the weighted sum of the values
+    so far, l_i (M, 1) the sum of the weights, and m_i (M, 1) the largest exponent."""
     m_new = tl.maximum(m_i, tl.max(s, 1, keep_dims=True) * scale2)
     p = tl.exp2(s * scale2 - m_new)
     alpha = tl.exp2(m_i - m_new)
@@ -198,7 +198,7 @@ def forward_kernel(inputs, T, S, H, G, scale, out, lse,
     q, v, k, q_ctx, ctx, decay = inputs
     scale2 = scale * LOG2_E
     b, h = sequence_and_head(H)
-    g = h // (H // G)
+    kv_head = h // (H // G)
     a = None if decay is None else tl.load(decay + h).to(tl.float32) / scale2
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * M  # those that see most tokens start first
     i = S - T + t0 + tl.arange(0, M).to(tl.float32)[:, None]
@@ -211,8 +211,8 @@ def forward_kernel(inputs, T, S, H, G, scale, out, lse,
     end = tl.minimum(S - T + t0 + M, S)
     for FULL in tl.static_range(2):
         for j0 in range(0 if FULL else edge, edge if FULL else end, N):
-            v_tile = load(v, b, g, j0, S, N, D, not FULL)  # (N, D), the only load of V
-            k_tile = v_tile if k is None else load(k, b, g, j0, S, N, K, not FULL)
+            v_tile = load(v, b, kv_head, j0, S, N, D, not FULL)  # (N, D), the only load of V
+            k_tile = v_tile if k is None else load(k, b, kv_head, j0, S, N, K, not FULL)
             ctx_tile = None if ctx is None else load(ctx, b, 0, j0, S, N, E, not FULL)  # (N, E)
             span = 1 + i - j0 - tl.arange(0, N).to(tl.float32)[None, :]  # (M, N)
             s, _ = scores(q_tile, k_tile, q_ctx_tile, ctx_tile, span, a, not FULL)
@@ -224,8 +224,8 @@ def forward_kernel(inputs, T, S, H, G, scale, out, lse,
 # -----------------------------------------------------------------------------
 # Backward: scale delta, then the tokens' gradients by programs that each own N tokens of a query
 # head, then the queries' by programs like forward's. What several heads share gets a gradient from
-# each of them: summed in PyTorch. `rest` is lse beside scale delta, (M, 2): of a tile with fewer
-# numbers than threads, Triton 3.6 has each thread fetch many copies.
+# each of them: summed in PyTorch. `rest` is lse beside scale delta, (M, 2): where a tile has fewer
+# numbers than a program has threads, Triton 3.6 loads each of them many times.
 
 
 @jit
@@ -248,12 +248,12 @@ def token_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_v, d_k, d_ct
     q, v, k, q_ctx, ctx, decay = inputs
     scale2 = scale * LOG2_E
     b, h = sequence_and_head(H)
-    g = h // (H // G)
+    kv_head = h // (H // G)
     a = None if decay is None else tl.load(decay + h).to(tl.float32) / scale2
     j0 = tl.program_id(1) * N
     j = j0 + tl.arange(0, N).to(tl.float32)[:, None]
-    v_tile = load(v, b, g, j0, S, N, D)  # (N, D)
-    k_tile = v_tile if k is None else load(k, b, g, j0, S, N, K)
+    v_tile = load(v, b, kv_head, j0, S, N, D)  # (N, D)
+    k_tile = v_tile if k is None else load(k, b, kv_head, j0, S, N, K)
     ctx_tile = None if ctx is None else load(ctx, b, 0, j0, S, N, E)  # (N, E)
     d_v_tile = tl.zeros([N, D], tl.float32)
     d_k_tile = None if k is None else tl.zeros([N, K], tl.float32)
@@ -266,13 +266,13 @@ def token_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_v, d_k, d_ct
             q_tile = load(q, b, h, t0, T, M, D)  # (M, D)
             q_ctx_tile = None if ctx is None else load(q_ctx, b, h, t0, T, M, E)  # (M, E)
             d_out_tile = load(d_out, b, h, t0, T, M, D)  # (M, D)
-            lse, delta = tl.split(load(rest, b, h, t0, T, M, 2))  # (M,)
+            lse, scaled_delta = tl.split(load(rest, b, h, t0, T, M, 2))  # (M,)
             span = 1 + S - T + t0 + tl.arange(0, M).to(tl.float32)[None, :] - j  # (N, M)
             s, _ = scores(k_tile, q_tile, ctx_tile, q_ctx_tile, span, a, not FULL)
             p = tl.exp2(s * scale2 - lse[None, :])
             d_v_tile = dot(p, d_out_tile, d_v_tile)
             d_p = dot(v_tile, tl.trans(d_out_tile), None)
-            ds = p * (d_p * scale - delta[None, :])
+            ds = p * (d_p * scale - scaled_delta[None, :])
             if k is None:
                 d_v_tile = dot(ds, q_tile, d_v_tile)  # as a key, in the same sum
             else:
@@ -293,14 +293,14 @@ def query_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_q, d_q_ctx, 
     q, v, k, q_ctx, ctx, decay = inputs
     scale2 = scale * LOG2_E
     b, h = sequence_and_head(H)
-    g = h // (H // G)
+    kv_head = h // (H // G)
     a = None if decay is None else tl.load(decay + h).to(tl.float32) / scale2
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
     i = S - T + t0 + tl.arange(0, M).to(tl.float32)[:, None]
     q_tile = load(q, b, h, t0, T, M, D)  # (M, D)
     q_ctx_tile = None if ctx is None else load(q_ctx, b, h, t0, T, M, E)  # (M, E)
     d_out_tile = load(d_out, b, h, t0, T, M, D)  # (M, D)
-    lse, delta = tl.split(load(rest, b, h, t0, T, M, 2))  # (M,)
+    lse, scaled_delta = tl.split(load(rest, b, h, t0, T, M, 2))  # (M,)
     d_q_tile = tl.zeros([M, D], tl.float32)
     d_q_ctx_tile = None if ctx is None else tl.zeros([M, E], tl.float32)
     d_a = None if decay is None else tl.zeros([M, 1], tl.float32)
@@ -308,14 +308,14 @@ def query_backward_kernel(inputs, T, S, H, G, scale, d_out, rest, d_q, d_q_ctx, 
     end = tl.minimum(S - T + t0 + M, S)
     for FULL in tl.static_range(2):
         for j0 in range(0 if FULL else edge, edge if FULL else end, N):
-            v_tile = load(v, b, g, j0, S, N, D, not FULL)  # (N, D)
-            k_tile = v_tile if k is None else load(k, b, g, j0, S, N, K, not FULL)
+            v_tile = load(v, b, kv_head, j0, S, N, D, not FULL)  # (N, D)
+            k_tile = v_tile if k is None else load(k, b, kv_head, j0, S, N, K, not FULL)
             ctx_tile = None if ctx is None else load(ctx, b, 0, j0, S, N, E, not FULL)  # (N, E)
             span = 1 + i - j0 - tl.arange(0, N).to(tl.float32)[None, :]  # (M, N)
             s, log_span = scores(q_tile, k_tile, q_ctx_tile, ctx_tile, span, a, not FULL)
             p = tl.exp2(s * scale2 - lse[:, None])
             d_p = dot(d_out_tile, tl.trans(v_tile), None)
-            ds = p * (d_p * scale - delta[:, None])
+            ds = p * (d_p * scale - scaled_delta[:, None])
             d_q_tile = dot(ds, k_tile, d_q_tile)
             if ctx is not None:
                 d_q_ctx_tile = dot(ds, ctx_tile, d_q_ctx_tile)
@@ -350,10 +350,10 @@ def decode_kernel(inputs, S, H, G, scale, lengths, out, lse, D: tl.constexpr, E:
     scale2 = scale * LOG2_E
     # Which sequence, which value heads, which query heads (a row each), which part of the tokens.
     program, split, n_split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    b, g = program // (G // HEADS), program % (G // HEADS) * HEADS
-    first, end = g * (H // G), (g + HEADS) * (H // G)
+    b, kv_head = program // (G // HEADS), program % (G // HEADS) * HEADS  # the first of them
+    first, end = kv_head * (H // G), (kv_head + HEADS) * (H // G)
     h, column = first + tl.arange(0, M)[:, None], tl.arange(0, HEADS * D)[None, :]
-    diagonal = h // (H // G) == g + column // D  # (M, HEADS D)
+    diagonal = h // (H // G) == kv_head + column // D  # (M, HEADS D)
     length = S if lengths is None else tl.minimum(tl.load(lengths + b), S).to(tl.int32)
     part = tl.cdiv(tl.cdiv(length, N), n_split) * N  # equal parts of each sequence;
     start, stop = split * part, tl.minimum(split * part + part, length)  # the last may be empty
@@ -369,7 +369,7 @@ def decode_kernel(inputs, S, H, G, scale, lengths, out, lse, D: tl.constexpr, E:
     l_i = tl.zeros([M, 1], tl.float32)
     m_i = tl.full([M, 1], -float("inf"), tl.float32)
     for j0 in range(start, stop, N):
-        v_tile = load(v, b, g, j0, stop, N, D, True, HEADS)  # (N, HEADS D)
+        v_tile = load(v, b, kv_head, j0, stop, N, D, True, HEADS)  # (N, HEADS D)
         ctx_tile = None if ctx is None else load(ctx, b, 0, j0, stop, N, E)  # (N, E)
         span = length - j0 - tl.arange(0, N).to(tl.float32)[None, :]  # (1, N), 1 for the newest
         s, _ = scores(q_tile, v_tile, q_ctx_tile, ctx_tile, span, a, True)
@@ -383,10 +383,10 @@ def decode_kernel(inputs, S, H, G, scale, lengths, out, lse, D: tl.constexpr, E:
 # -----------------------------------------------------------------------------
 # Launching them.
 
-# M, N, warps, pipeline stages and, so that two programs fit a multiprocessor, most registers of a
-# thread. Chosen by a rule (see `options`), so that no first call waits for a search. In 16 bits no
-# registers are spilled, except where K = E = 128, and by Triton 3.6 eight bytes in decoding where
-# D = 128.
+# M, N, warps, pipeline stages and, in one case, how many registers a thread may have at most, so
+# that two programs fit on a multiprocessor. They are chosen by a rule (see `options`), so that no
+# first call waits for a search. In 16 bits no registers are spilled, except where K = E = 128, and
+# by Triton 3.6 eight bytes in decoding where D = 128.
 KERNELS = ["forward", "token_backward", "query_backward", "decode", "delta"]
 TILES = {
     "float32": [(16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 2), (64,)],
@@ -412,7 +412,8 @@ def options(kernel, dtype, capability, constants):
     row = TILES["float32" if dtype == torch.float32 else f"{gpu} {width}"]
     tile = row[KERNELS.index(kernel.removesuffix("_kernel"))]
     named = dict(zip(("M", "N", "num_warps", "num_stages", "maxnreg"), tile))
-    return named | constants | dict(enable_fp_fusion=True)  # not left to Triton's default
+    # Products and sums become one multiply-add, whatever Triton's default is.
+    return named | constants | dict(enable_fp_fusion=True)
 
 
 def launch(kernel, grid, q, *args, **constants):
@@ -441,9 +442,9 @@ def grid(heads, length, letter):
     return lambda tile: (heads, triton.cdiv(length, tile[letter]))
 
 
-def numbers(q, width):
-    """(B, T, H, width) float32, where heads start at multiples of 64 numbers, so that no length T
-    is reason to compile anew."""
+def empty_float32(q, width):
+    """Room for (B, T, H, width) in float32. Heads start at multiples of 64 numbers, so that no
+    length T is reason to compile anew."""
     B, T, H, _ = q.shape
     made = q.new_empty(B, H, (T + 63) // 64 * 64, width, dtype=torch.float32)
     return made[:, :, :T].transpose(1, 2)
@@ -454,7 +455,7 @@ def run_forward(q, v, k, q_ctx, ctx, decay, scale, launch=launch):
     (B, T, H, D), (S, G) = q.shape, v.shape[1:3]
     widths = dict(D=D, K=width(k), E=width(ctx))
     inputs = *strided(q, v, k, q_ctx, ctx), decay
-    out, lse = q.new_empty(q.shape), numbers(q, 1)
+    out, lse = q.new_empty(q.shape), empty_float32(q, 1)
     args = inputs, T, S, H, G, scale, *strided(out, lse)
     launch(forward_kernel, grid(B * H, T, "M"), q, *args, **widths)
     return out, lse
@@ -468,7 +469,7 @@ def run_backward(d_out, q, v, k, q_ctx, ctx, decay, out, lse, scale, launch=laun
     by_queries, by_tokens = grid(B * H, T, "M"), grid(B * H, S, "N")
 
     d_out = d_out.contiguous()  # sum().backward() hands down one number
-    rest = numbers(q, 2)
+    rest = empty_float32(q, 2)
     launch(delta_kernel, by_queries, q, *strided(out, d_out, lse, rest), T, H, scale, D=D)
     args = inputs, T, S, H, G, scale, *strided(d_out, rest)
 
@@ -481,7 +482,7 @@ def run_backward(d_out, q, v, k, q_ctx, ctx, decay, out, lse, scale, launch=laun
     d_ctx = None if ctx is None else d_ctx.sum(2)  # (B, S, E)
 
     d_q, d_q_ctx = (None if x is None else q.new_empty(x.shape) for x in (q, q_ctx))
-    d_decay = None if decay is None else numbers(q, 1)
+    d_decay = None if decay is None else empty_float32(q, 1)
     args = *args, *strided(d_q, d_q_ctx, d_decay)
     launch(query_backward_kernel, by_queries, q, *args, **widths)
     if decay is not None:
@@ -549,7 +550,7 @@ decode_op = operator(
     schema="(Tensor q, Tensor v, Tensor? q_ctx, Tensor? ctx, Tensor? decay, Tensor? lengths)"
     " -> Tensor",
 )(run_decode)
-attention_op.register_fake(lambda q, *others: (q.new_empty(q.shape), numbers(q, 1)))
+attention_op.register_fake(lambda q, *others: (q.new_empty(q.shape), empty_float32(q, 1)))
 decode_op.register_fake(lambda q, *others: q.new_empty(q.shape))
 
 
@@ -559,7 +560,7 @@ def _(d_out, q, v, k, q_ctx, ctx, decay, out, lse, scale):
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
-def save(ctx, inputs, output):
+def save(ctx, inputs, output):  # here ctx is autograd's; PyTorch gives it by that name
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)  # no zeros for lse, which has none

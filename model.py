@@ -54,8 +54,9 @@ def frequencies(width):
 
 class Sinusoids(nn.Module):
     """The fixed table of "Attention Is All You Need" (arXiv:1706.03762, section 3.5), which is the
-    paper's baseline. It is scaled down to the size that embeddings start with: unscaled it would be
-    20 times as large, and the first LayerNorm would leave next to nothing of the tokens."""
+    paper's baseline. It is scaled down to the size that embeddings start with. Unscaled it would be
+    27 times as large at a width of 128, and more in wider models: the first LayerNorm would leave
+    next to nothing of the tokens."""
 
     def __init__(self, block_size, width):
         super().__init__()
@@ -120,8 +121,9 @@ class Attention(nn.Module):
 
     A score is a sum of products, one for each pair (query part (B, T, H, width), key part
     (B, S, heads, width)). The answer is a mean of the values (B, S, heads, D), weighted by the
-    softmax of the scores. `start` is the position of the first new token: 0 in training and for a
-    prompt, where all tokens are new and keys may be made of what they leave behind.
+    softmax of the scores. `start` is the position of the first new token. It is 0 in training, for
+    a prompt and without a cache: then all tokens are new, and keys may be made of what they leave
+    behind. Comments call that training, and all else decoding.
     """
 
     # The module kernel.py, after GPT.use_kernel.
@@ -235,9 +237,8 @@ class Attention(nn.Module):
         """scale q k^T, (B, H, 1, S), of q (B, 1, H, width) and k (B, S, 1, width), which the heads
         share: in float32 also where autocast takes less."""
         q, k = q[:, 0], k[:, :, 0]  # (B, H, width) and (B, S, width)
-        if k.dtype.itemsize >= 4:
-            return (k @ (self.scale * q).mT).mT[:, :, None]
-        q, k = q.float(), k.float()
+        if k.dtype.itemsize < 4:
+            q, k = q.float(), k.float()
         with torch.autocast(k.device.type, enabled=False):
             return (k @ (self.scale * q).mT).mT[:, :, None]
 
@@ -365,9 +366,13 @@ class QVKa(QV):
 
         q . k_j  =  q . ([g_j ; v_j] W_K)  =  (q W_K^T) . [g_j ; v_j]  =  q_ctx . g_j  +  q_v . v_j
 
-    QV-Ka is QV plus a score from the context. Under RoPE, g and v are rotated when they are written
-    and both halves of q W_K^T when they ask. Then [g ; v] W_K is no key any more, for R stands
-    between W_K and what is remembered, and training takes the folded form, too."""
+    So QV-Ka is QV plus a score from the context. Under RoPE, g and v are rotated when they are
+    written, and q W_K^T when it asks. A score is then
+
+        (q_i W_K^T) . R_(j-i) [g_j ; v_j]  =  q_i . ((R_(j-i) [g_j ; v_j]) W_K)
+
+    A key like that on the right depends on the position i of the query, so no single one serves all
+    queries: training folds W_K into the query, too."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -425,16 +430,18 @@ class DiagonalQVKa(QVKa):
 
         k_j = sum_p w_p m_pj,        q . k_j = sum_p (conj(w_p) q) . m_pj
 
-    These products commute with rotations, so keys can be made under RoPE, too. W_K has E + D
-    numbers a head, where a matrix has (E + D) D."""
+    A rotation multiplies by a complex number, too, so it may come before w_p or after it: keys can
+    be made under RoPE. W_K has E + D numbers a head, where a matrix has (E + D) D."""
 
     def __init__(self, config):
         super().__init__(config)
         self.makes_keys = True
 
     def shape_of_w_k(self, config):
+        # P real parts, then P imaginary ones. 2 P is the fan-in, too, which GPT.init reads: each
+        # number of a key is a sum of 2 P products.
         P = config.d_ctx // self.d_head + 1
-        return config.n_head, 2 * P, self.d_head // 2  # P real parts, then P imaginary parts
+        return config.n_head, 2 * P, self.d_head // 2
 
     def weights(self):
         return as_complex(self.w_k, dim=1)  # (H, P, D / 2)
@@ -463,8 +470,7 @@ def as_real(x):
 
 
 def per_head(w, x):
-    """Multiplies each head's vector by its matrix: w (H or 1, m, n), x (B, T, H, n) to
-    (B, T, H, m)."""
+    """x w^T for each head: x (B, T, H, n) and w (H or 1, m, n) to (B, T, H, m)."""
     y = x.flatten(0, 1).transpose(0, 1) @ w.mT  # (H, B T, m)
     return y.transpose(0, 1).view(*x.shape[:3], -1)
 
@@ -524,13 +530,14 @@ def option(default, help, choices=None, only=None):
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. A size that is None follows from the others (`resolve`). Raises UserError
-    (field, value, rule, a value that works) where the fields do not fit together."""
+    """The shape of a GPT. A size that is None follows from the others (`resolve`). Where the fields
+    do not fit together, raises UserError, which names the field, its value, the rule and, if it
+    can, a value that works."""
 
     attention: str = option(
         "qv",
-        "what a token leaves behind for later ones to attend to; of qv and qv_ka, qv has learned "
-        "most after equal times (cpu preset, three seeds)",
+        "what a token leaves behind for later ones to attend to; of qv and qv_ka, qv has the lower "
+        "loss after equal times (cpu preset)",
         ATTENTIONS,
     )
     pos: str = option(
@@ -618,7 +625,7 @@ class GPTConfig:
             check(size >= 1, name, "must be at least 1")
         check(H % sizes["n_kv_head"] == 0, "n_kv_head", f"must divide n_head={H}")
 
-        # What rotates pairs, or multiplies them, takes vectors of even width, in pieces of width D.
+        # RoPE and a diagonal W_K work on pairs of numbers, in pieces of width D.
         rope, diagonal = self.pos in ROPE, self.wk == "diagonal"
         why = "under rope" if rope else "with wk=diagonal"
         if rope or diagonal:
@@ -677,8 +684,9 @@ class GPT(nn.Module):
         in one. Vectors keep what their module gave them."""
         if parameter.dim() == 1:
             return
-        # The fan-in is the second size of a matrix (fan_out, fan_in), and of a stack of matrices,
-        # one for each head, (H, fan_in, fan_out). Of embeddings (V, C) it is that of the output.
+        # The fan-in is the second size: of a matrix (fan_out, fan_in), and of a stack of matrices,
+        # one for each head, (H, fan_in, fan_out). For embeddings (V, C), which are the output's
+        # weights, too, it is C.
         std = parameter.size(1) ** -0.5
         # Embeddings are tied to the output, so they set the size of the logits.
         if name in ("wte.weight", "wpe.weight"):
@@ -727,13 +735,14 @@ class GPT(nn.Module):
         eval() first, for dropout. temperature 0 takes the likeliest token; top_k leaves only the k
         likeliest to be drawn. When the context is full, its last half is read again and generation
         goes on from there, with a cache and without."""
-        window, block_size = idx, self.config.block_size
-        cache, unread = None, window
+        block_size = self.config.block_size
+        window, cache = idx, None
         for _ in range(max_new_tokens):
             if window.size(1) > block_size:
                 window, cache = window[:, -max(1, block_size // 2) :], None
-            if cache is None:
-                cache, unread = self.new_cache() if use_cache else None, window
+            if cache is None:  # nothing of the window has been read, or all is read again
+                unread = window
+                cache = self.new_cache() if use_cache else None
             logits, _ = self(unread, cache=cache)
             token = sample(logits[:, -1], temperature, top_k)
             yield token
@@ -766,7 +775,8 @@ class GPT(nn.Module):
             model.load_state_dict(checkpoint["model"])
         except (UserError, TypeError, RuntimeError) as error:
             raise UserError(
-                f"{path} is of another model.py ({describe_error(error)}); load it with that one"
+                f"{path} was written by another version of model.py ({describe_error(error)}); "
+                "load it with that one"
             ) from None
         return model.eval(), checkpoint
 
@@ -778,12 +788,12 @@ def sample(logits, temperature, top_k):
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    # Less the largest one, so that no temperature makes them infinite.
+    # Less the largest one, which a small temperature could otherwise make infinite.
     logits = logits.float() - logits.max(-1, keepdim=True).values
     return torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
 
 
-# The format of a checkpoint goes up when older ones would mean something else.
+# This number goes up when older checkpoints would be misread.
 CHECKPOINT_FORMAT = 4
 
 

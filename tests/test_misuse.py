@@ -267,4 +267,4 @@ def test_a_checkpoint_that_cannot_be_read(folder, capsys, program, flags, name, 
 def test_a_checkpoint_of_another_model(folder, capsys, program, flags, name, damage):
     path = Path("out/run", name)
     OF_ANOTHER_MODEL[damage](path)
-    misused(capsys, program, flags, f"{path} is of another model.py")
+    misused(capsys, program, flags, f"{path} was written by another version of model.py")
