@@ -59,8 +59,9 @@ def run_program(main):
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except OSError as error:
-        # This is standard output, for files have sentences of their own. Its reader has left, as in
-        # `sample.py | head`, or its disk is full. Python's own exit would try to write once more.
+        # What fails here is standard output, for an error of a file has become a UserError. Its
+        # reader has left, as in `sample.py | head`, or its disk is full. Python's own exit would
+        # try to write once more.
         if error.errno == errno.ENOSPC:
             words = f"{program}: the output cannot be written (the disk is full); make room for it"
             print(words, file=sys.stderr, flush=True)
@@ -143,8 +144,8 @@ def explain_failure(path):
         yield
     except (OSError, RuntimeError) as error:  # torch.save raises either
         raise UserError(
-            f"{path} could not be written ({describe_error(error)}); what was there is intact: "
-            "make room, or mend that"
+            f"{path} could not be written ({describe_error(error)}); what was there is unchanged: "
+            "make room for it, or remove the cause"
         ) from None
 
 
@@ -251,7 +252,7 @@ def tokenizer_size(spec):
 
 # --- A data set on disk ---------------------------------------------------------------------------
 #
-# meta.json says what a data set is, and what it does not say does not count. It has
+# meta.json says what a data set is; what it does not name is no part of that. It has
 #
 #     source      where the text is from
 #     tokenizer   its specification
@@ -314,7 +315,7 @@ def remove_leftovers(folder):
     except (OSError, LookupError):
         named = set()
     for pattern in "train*.bin*", "val*.bin*", "meta.json.*.tmp":
-        for path in set(folder.glob(pattern)):
+        for path in list(folder.glob(pattern)):
             if path.name not in named:
                 # Another process may have removed it, or still read it.
                 with contextlib.suppress(OSError):
@@ -470,7 +471,7 @@ def prepare_openwebtext(limit):
         print(f"{meta['documents']:,} documents are there already; going on behind them")
     except UserError:
         meta = {**new_meta(tokenizer, OPENWEBTEXT["path"]), "documents": 0}
-    done, total = sum(meta["tokens"].values()), min(limit, 9.04e9)  # that is all
+    done, total = sum(meta["tokens"].values()), min(limit, 9.04e9)  # as many as there are
     progress = Progress(total, done)
     stream = read_openwebtext(meta["documents"])
     try:
@@ -510,7 +511,9 @@ def read_openwebtext(skip):
 def main(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument(
-        "name", metavar="NAME", help=f"{', '.join(KNOWN)}, or the path of a UTF-8 text file"
+        "name",
+        metavar="NAME",
+        help=f"{', '.join(KNOWN)}, or the path of a UTF-8 text file (-: the standard input)",
     )
     parser.add_argument(
         "--tokenizer",

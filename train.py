@@ -108,8 +108,8 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train it. A preset (below) sets many flags, whatever their defaults here say; the
-    flags that you give win."""
+    """How to train it. A preset sets many flags, whatever their defaults here say; the flags that
+    you give win."""
 
     preset: str | None = option(
         None,
@@ -172,8 +172,8 @@ class TrainConfig:
     eval_interval: int = option(250, "steps from one evaluation, and checkpoint, to the next")
     eval_tokens: int | None = option(
         None,
-        "tokens of the validation split that evaluations predict, but for the last, which predicts "
-        "all (default: all)",
+        "tokens of the validation split that each evaluation predicts; the last one predicts all "
+        "(default: all)",
     )
 
     def __post_init__(self):
@@ -237,7 +237,6 @@ PARSERS = {
     int: parse_int,
     int | None: parse_int,
     float: float,
-    float | None: float,
     str: str,
     str | None: str,
     bool: parse_bool,
@@ -281,7 +280,7 @@ def configure(given, checkpoint=None):
     else:
         stored = {**checkpoint["train_config"], **checkpoint["model_config"]}
     if "OMP_NUM_THREADS" in os.environ:
-        stored["threads"] = None
+        stored["threads"] = None  # it counts more than the number that a run has had so far
     values = {**stored, **given}
     train, config = select(TrainConfig, values), select(GPTConfig, values)
     refuse_idle_flags(given, config)
@@ -304,8 +303,8 @@ def refuse_idle_flags(given, config):
             value = getattr(config, other)
             if field.name in given and value not in wanted:
                 raise UserError(
-                    f"--{field.name} counts only with --{other}={' or '.join(wanted)}; leave it "
-                    f"out (or, if your own {value} takes it, add that to its `only` in model.py)"
+                    f"--{field.name} counts only with --{other}={' or '.join(wanted)}, as its "
+                    f"`only` in model.py says, and this is {value}; leave it out"
                 )
 
 
@@ -316,7 +315,8 @@ def refuse_changes(given, checkpoint, new):
     for name in sorted(given.keys() - MAY_CHANGE):
         if new[name] != old[name]:
             raise UserError(
-                f"--{name}={given[name]} cannot change a run in the middle, which has {old[name]}"
+                f"--{name}={given[name]} cannot change a run that has begun with {old[name]}; "
+                "leave it out, or begin a new run"
             )
 
 
@@ -351,7 +351,8 @@ def process_group():
             f"this is process {RANK + 1} of {WORLD}, but none knows where to meet the others: "
             "start them by torchrun, or set MASTER_ADDR and MASTER_PORT to the first one's address"
         )
-    # DistributedDataParallel imports this module, which keeps the group that it finds for ever.
+    # DistributedDataParallel imports this module, whose functions take the group that there is then
+    # as their default. Imported before there is one, they keep none.
     from torch.distributed import nn  # noqa: F401
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -359,10 +360,10 @@ def process_group():
     try:
         yield
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)
+        traceback.clear_frames(error.__traceback__)  # these have the model, which has the group
         raise
     finally:
-        gc.collect()  # a model that still has the group would wait for ever when it goes
+        gc.collect()  # a model that is freed after its group would wait for ever
         dist.destroy_process_group()
 
 
@@ -403,7 +404,7 @@ def explained_errors():
         yield
     except (MemoryError, RuntimeError) as error:
         words = f"{type(error).__name__}: {error}"
-        if re.search("by peer|remote process", words):  # which has said why
+        if re.search("by peer|remote process", words):  # another process has failed, and said why
             sys.exit(1)
         if re.search("memoryerror|out of memory|(not enough|allocate) memory", words.lower()):
             raise UserError(
@@ -459,14 +460,14 @@ def choose_device(name, threads=None):
     return torch.device(name)
 
 
-CORES = torch.get_num_threads()  # as many threads as PyTorch takes by itself
+CORES = torch.get_num_threads()  # PyTorch's own choice: a thread for each core, or OMP_NUM_THREADS
 
 
 def choose_threads(wanted=None):
-    """Sets the number of threads. They wait for one another after every product, so beside a
-    program that keeps a core busy, one for each core are many times slower than fewer. Where no
-    number is wanted, nor OMP_NUM_THREADS set, as many are taken as there are cores that are
-    free."""
+    """Sets the number of threads, to no more than there are cores. All threads wait for the slowest
+    one after every product: where another program keeps a core busy, a thread for each core can be
+    many times slower than fewer threads. So where no number is wanted, nor OMP_NUM_THREADS set, as
+    many are taken as there are cores that are free."""
     if wanted is None:
         wanted = CORES
         if "OMP_NUM_THREADS" not in os.environ and CORES > 1:
@@ -506,8 +507,8 @@ def autocast(device, dtype):
 
 def choose_kernel(model, name, context):
     """Has the model attend by kernel.py if `name` is triton, once a trial in that autocast context
-    gave what PyTorch gives. Returns what is used, torch or triton; auto is torch, as
-    long as nobody has timed the kernel. Raises UserError, and leaves the model with PyTorch."""
+    gave what PyTorch gives. Returns what is used, torch or triton; auto is torch, as long as nobody
+    has timed this version of the kernel. Raises UserError, and leaves the model with PyTorch."""
     if name != "triton":
         return "torch"
     tolerance = 1e-2 if context.fast_dtype == torch.float32 else 1e-1
@@ -610,11 +611,7 @@ class Muon(QuickStart, torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self):
         for group in self.param_groups:
             # Matrices of one shape are made orthogonal together.
             by_shape = defaultdict(list)
@@ -623,7 +620,6 @@ class Muon(QuickStart, torch.optim.Optimizer):
                     by_shape[w.shape].append(w)
             for weights in by_shape.values():
                 self.move(weights, group)
-        return loss
 
     def move(self, weights, group):
         ahead = []
@@ -641,23 +637,23 @@ class Muon(QuickStart, torch.optim.Optimizer):
 
 def orthogonal(x):
     """Matrices x (N, m, n), with singular values s brought near 1: Polar Express
-    (arXiv:2505.16932), its first three steps, s <- a s + b s^3 + c s^5. As matrices these are x <-
-    (a + b g + c g^2) x with g = x x^T; but all can be done to g, which is small, and to x their
-    product, at the end."""
+    (arXiv:2505.16932), its first three steps, s <- a s + b s^3 + c s^5. For matrices a step is
+    x <- f x with f = a + b g + c g^2 and g = x x^T. The next g is f g f, so the loop multiplies
+    small matrices (N, m, m) only, and x itself once, by the product of all f."""
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
     x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    product, factor, g = None, None, x @ x.mT  # (N, m, m)
+    product, f, g = None, None, x @ x.mT  # (N, m, m)
     for a, b, c in (
         (8.28721, -23.59589, 17.30039),
         (4.10706, -2.94785, 0.54484),
         (3.94869, -2.90890, 0.55182),
     ):
         if product is not None:
-            g = factor @ g @ factor
-        factor = torch.baddbmm(g, g, g, beta=b, alpha=c)
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        product = factor if product is None else factor @ product
+            g = f @ g @ f
+        f = torch.baddbmm(g, g, g, beta=b, alpha=c)  # b g + c g^2
+        f.diagonal(dim1=1, dim2=2).add_(a)
+        product = f if product is None else f @ product
     return product @ x
 
 
@@ -704,10 +700,10 @@ def batch(data, train, block_size, step, device, rank=RANK, world=WORLD):
 
 
 def learning_rate(step, train):
-    # 1. A cosine takes the rate from its peak to a tenth of that, at max_steps and after.
-    done = min(1.0, step / train.max_steps)
+    # 1. A cosine takes the rate from its peak to a tenth of that, at max_steps.
+    done = step / train.max_steps
     rate = train.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
-    # 2. In the first steps, a factor that grows to 1 is for warming up.
+    # 2. In the first steps it is multiplied by a factor that grows to 1.
     if step < train.warmup_steps:
         rate *= (step + 1) / (train.warmup_steps + 1)
     return rate
@@ -768,7 +764,7 @@ def evaluate(model, data, batch_size, context, eval_tokens=None, rank=RANK, worl
 
 @dataclass
 class Run:
-    """What a checkpoint holds beside weights and what optimizers remember."""
+    """What a checkpoint holds besides the weights and the states of the optimizers."""
 
     out: Path
     train: TrainConfig
@@ -836,7 +832,8 @@ def begin_run(given, locks):
     """A new run, and its model. The data set is prepared, if it is a small one that is missing; the
     run's folder is locked, but not made before something is saved in it. Raises UserError."""
     train, config = configure(given)
-    dataset = in_first(prepare_data, train.dataset)
+    # By default the data set depends on whether there is a network.
+    dataset = in_first(lambda: prepare.load_or_prepare(train.dataset)[0])
     train = replace(train, dataset=dataset)
     out = in_first(name_run, given, train, config)
     locks.enter_context(lock_run_folder(out))
@@ -852,13 +849,6 @@ def begin_run(given, locks):
     model = GPT(replace(config, vocab_size=size))
     run = Run(out, train, meta["tokenizer"], meta["sha256"], losses=[], log=[], seconds=0.0)
     return run, model
-
-
-def prepare_data(name):
-    """Prepares a small data set that is missing. Returns the name, which by default depends on
-    whether there is a network."""
-    name, *_ = prepare.load_or_prepare(name)
-    return name
 
 
 def load_run(out, given, locks):
@@ -896,7 +886,7 @@ def read_data(run, block_size):
 
 def save(run, model, optimizers, *names):
     """Writes config.json, log.jsonl and checkpoints of these names. The last of them is last.pt,
-    from which a run goes on: it never knows of more than is there."""
+    from which a run goes on: all that it tells of is on disk before it."""
     weights = torch.stack([parameter.detach().sum() for parameter in model.parameters()])
     check_finite(weights.sum().item(), run)
     if RANK == 0:
@@ -922,11 +912,11 @@ def save(run, model, optimizers, *names):
 
 
 def check_finite(number, run):
-    """Ends a run whose loss, or sum of all weights, is not a number any more."""
+    """Ends a run whose loss, or sum of all weights, is infinite or not a number."""
     if not math.isfinite(number):
         leave(
-            f"the loss is {number} at step {len(run.losses):,}: training has diverged; take a "
-            f"smaller --learning_rate, from the start or by --resume --out={run.out}"
+            f"the loss or a weight is {number} at step {len(run.losses):,}: training has diverged; "
+            f"take a smaller --learning_rate, from the start or by --resume --out={run.out}"
         )
 
 
@@ -970,6 +960,7 @@ def validate(run, model, data, context):
         check_finite(loss_sum, run)
         return loss_sum / count
 
+    # best.pt is chosen by val_loss_part, which is of all tokens if eval_tokens says no less.
     entry = dict(step=step, train_loss=sum(recent) / len(recent), seconds=run.seconds)
     entry["val_loss_part"] = loss_of(part)
     if part is None:
@@ -1031,7 +1022,7 @@ def show_progress(progress, run, block_size):
 
 def read_losses(run, unread, requests):
     """Adds to the run's losses those of the newest steps, which are waited for. Returns how many
-    processes were asked to stop: all learn that at the same step."""
+    requests to stop there were in all processes: all learn that at the same step."""
     *losses, stop = add_up(*(loss.item() / WORLD for loss in unread), len(requests))
     for loss in losses:
         run.losses.append(loss)
@@ -1045,8 +1036,8 @@ def tenths(step, train):
 
 
 def steps_between_reads(device, train):
-    """Python runs ahead of a GPU, and waits for its results after every tenth forward pass only. A
-    CPU leaves it nothing to run ahead of."""
+    """Python runs ahead of a GPU, and waits for its results after every tenth forward pass only. On
+    a CPU it reads them after each step."""
     if device.type == "cpu":
         return 1
     passes = train.batch_size // WORLD // train.rows()
@@ -1063,14 +1054,15 @@ def main(argv=None):
         out = in_first(find_run, given)
         if out is None:
             run, model = begin_run(given, locks)
-            memories = []
+            states = []
         else:
-            run, model, memories = load_run(out, given, locks)
+            run, model, states = load_run(out, given, locks)
         config = model.config
         data = read_data(run, config.block_size)
 
         # The machine, and the model on it. `forward` is the model, too, made fast and shared.
         device = choose_device(run.train.device, run.train.threads)
+        # A run goes on exactly only with as many threads as before, so they are kept.
         run.train = train = replace(run.train, threads=torch.get_num_threads())
         context = autocast(device, train.dtype)
         model.to(device).train()
@@ -1078,9 +1070,9 @@ def main(argv=None):
         forward = compile_model(model, train.compile, device)
         forward = share_gradients(model, forward, context)
         optimizers = make_optimizers(model, train)
-        for optimizer, memory in zip(optimizers, memories):
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": memory})
-        del memories
+        for optimizer, state in zip(optimizers, states):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        del states  # the optimizers have copies
 
         step = len(run.losses)
         read_every = steps_between_reads(device, train)

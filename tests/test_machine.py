@@ -332,7 +332,7 @@ def test_when_one_process_fails_both_leave_within_seconds(answer):
     found = json.loads(answer("failing"))
     sentences = {
         "stop": r"failing.py: stopped after step 5; it is saved: go on by --resume --out=out/stop",
-        "nan": r"failing.py: the loss is nan at step 5.*",
+        "nan": r"failing.py: the loss or a weight is nan at step 5.*",
         "save": r"failing.py: the disk is full",
         "data": r"failing.py: data set 'nowhere' is missing.*",
         "other": r"failing.py: process 1 is at another step than the first, or has other data.*",

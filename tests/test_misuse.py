@@ -56,13 +56,19 @@ TRAIN_FLAGS = [
     ("--pos=rope --n_embd=18", "n_embd=18 gives heads of odd width 9"),
     ("--attention=qkv --n_kv_head=1", "--n_kv_head counts only with --attention=gqa"),
     ("--attention=mla --d_rope=8 --pos=agf", "--d_rope counts only with --pos=rope"),
-    ("--attention=qv --wk=shared", "--wk counts only with --attention=qv_ka; leave it out"),
+    (
+        "--attention=qv --wk=shared",
+        "--wk counts only with --attention=qv_ka, as its `only` in model.py says, and this is qv",
+    ),
     ("--block_size=100000", "block_size=100000 must be less than the 24324 training tokens"),
     ("--dataset=nowhere", "data set 'nowhere' is missing or damaged"),
     ("--dataset=openwebtext", "run: python prepare.py openwebtext"),
     ("--dataset=data/tiny", "'data/tiny' is no data set: it must be the plain name of a folder"),
     ("--dataset=/tmp/tiny", "'/tmp/tiny' is no data set: it must be the plain name of a folder"),
-    ("--restartable --out=out/run --seed=2", "--seed=2 cannot change a run in the middle"),
+    (
+        "--restartable --out=out/run --seed=2",
+        "--seed=2 cannot change a run that has begun with 1337; leave it out",
+    ),
     ("--out=out/run", "out/run holds a run already; go on with it by --resume, or choose another"),
 ]
 

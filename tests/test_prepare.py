@@ -368,7 +368,7 @@ def test_a_full_disk_leaves_the_old_data_set(tiny):
     Path("tiny.txt").write_text(TEXT * 2)
     before = contents()
     sentence = limited_file_size(20_000, lambda: call("prepare", "tiny.txt"))
-    assert "could not be written (File too large); what was there is intact" in sentence
+    assert "could not be written (File too large); what was there is unchanged" in sentence
     assert contents() == before
 
 
@@ -528,7 +528,7 @@ def test_a_full_disk_leaves_what_was_read_before(web):
     prepare.prepare_openwebtext(10_000)
     before = [ids.tolist() for ids in read_dataset("openwebtext")[1].values()]
     sentence = limited_file_size(25_000, lambda: call("prepare", "openwebtext"))
-    assert "could not be written (File too large); what was there is intact" in sentence
+    assert "could not be written (File too large); what was there is unchanged" in sentence
     assert [ids.tolist() for ids in read_dataset("openwebtext")[1].values()] == before
 
 

@@ -231,15 +231,15 @@ def test_an_attention_of_ones_own_has_a_flag_of_its_own(folder, monkeypatch):
     assert call("train", *TINY, "--attention=mine", "--width=5", "--out=out/mine") is None
     assert call("train", "--resume", "--out=out/mine", "--max_steps=7", "--width=5") is None
     assert checkpoint("out/mine")["model_config"]["width"] == 5
-    words = "--width counts only with --attention=mine; leave it out"
+    words = "--width counts only with --attention=mine, as its `only` in model.py says, and this is"
     assert words in call("train", *TINY, "--attention=qkv", "--width=5")
 
 
 def test_a_flag_for_other_attentions_says_how_an_own_one_takes_it(folder, monkeypatch):
     monkeypatch.setitem(ATTENTIONS, "mine", ATTENTIONS["qv"])
     sentence = call("train", *TINY, "--attention=mine", "--n_kv_head=1")
-    assert "--n_kv_head counts only with --attention=gqa or qv or qv_ka; leave it out" in sentence
-    assert "if your own mine takes it, add that to its `only` in model.py" in sentence
+    assert "--n_kv_head counts only with --attention=gqa or qv or qv_ka, as its" in sentence
+    assert "`only` in model.py says, and this is mine; leave it out" in sentence
 
 
 # A step -------------------------------------------------------------------------------------------
@@ -365,10 +365,10 @@ def test_dropout_follows_from_the_seed():
 
 def test_the_learning_rate():
     config = TrainConfig(learning_rate=1.0, warmup_steps=9, max_steps=100)
-    rates = [train.learning_rate(step, config) for step in range(120)]
+    rates = [train.learning_rate(step, config) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and np.argmax(rates) == 9 and rates[9] > 0.97
     assert rates[50] == pytest.approx(0.55)
-    assert rates[100] == pytest.approx(0.1) and rates[119] == pytest.approx(0.1)
+    assert rates[99] == pytest.approx(0.1, abs=0.001)
 
 
 # Optimizers ---------------------------------------------------------------------------------------
@@ -419,34 +419,38 @@ def test_muon_leaves_alone_what_has_a_gradient_of_zero():
 
 
 def small_problem(kind):
-    """A matrix, an optimizer of it, and a closure that computes a loss and its gradient."""
+    """A matrix, an optimizer of it, and a function that computes a loss and its gradient."""
     torch.manual_seed(0)
     w, target = torch.nn.Parameter(torch.randn(4, 6)), torch.randn(4, 6)
     optimizer = kind([w], lr=0.1)
 
-    def closure():
+    def compute_gradient():
         optimizer.zero_grad()
         loss = (w - target).square().sum()
         loss.backward()
         return loss
 
-    return w, optimizer, closure
+    return w, optimizer, compute_gradient
 
 
 @pytest.mark.parametrize("kind", [train.Muon, train.AdamW])
-def test_optimizers_take_closures(kind):
-    w, optimizer, closure = small_problem(kind)
-    values = [optimizer.step(closure).item() for _ in range(5)]
-    assert values[-1] < values[0] == pytest.approx(38, abs=30)
+def test_optimizers_reduce_a_loss(kind):
+    _, optimizer, compute_gradient = small_problem(kind)
+    losses = []
+    for _ in range(5):
+        losses.append(compute_gradient().item())
+        optimizer.step()
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("kind", [train.Muon, train.AdamW])
 def test_a_copied_optimizer_goes_on_as_the_first_does(kind):
-    w, optimizer, closure = small_problem(kind)
-    optimizer.step(closure)
+    w, optimizer, compute_gradient = small_problem(kind)
+    compute_gradient()
+    optimizer.step()
     w2, twin = copy.deepcopy((w, optimizer))
     for _ in range(3):
-        closure()
+        compute_gradient()
         w2.grad = w.grad.clone()
         optimizer.step()
         twin.step()
@@ -455,12 +459,13 @@ def test_a_copied_optimizer_goes_on_as_the_first_does(kind):
 
 @pytest.mark.parametrize("kind", [train.Muon, train.AdamW])
 def test_a_loaded_optimizer_goes_on_as_the_saved_one_does(kind):
-    w, optimizer, closure = small_problem(kind)
-    optimizer.step(closure)
+    w, optimizer, compute_gradient = small_problem(kind)
+    compute_gradient()
+    optimizer.step()
     other, twin, _ = small_problem(kind)
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     other.data = w.data.clone()
-    closure()
+    compute_gradient()
     other.grad = w.grad.clone()
     optimizer.step()
     twin.step()
@@ -470,9 +475,10 @@ def test_a_loaded_optimizer_goes_on_as_the_saved_one_does(kind):
 def test_adamw_is_that_of_pytorch():
     steps = []
     for kind in train.AdamW, torch.optim.AdamW:
-        w, optimizer, closure = small_problem(kind)
+        w, optimizer, compute_gradient = small_problem(kind)
         for _ in range(3):
-            optimizer.step(closure)
+            compute_gradient()
+            optimizer.step()
         steps.append(w)
     assert torch.equal(*steps)
 
@@ -610,7 +616,7 @@ def test_a_run_that_goes_on_knows_its_best(folder, monkeypatch):
 def test_a_validation_loss_that_is_no_number_ends_the_run(folder, monkeypatch):
     fake_losses(monkeypatch, [2.0, math.nan])
     sentence = call("train", *TINY, "--eval_interval=1", "--out=out/new")
-    assert "the loss is nan at step 2: training has diverged" in sentence
+    assert "the loss or a weight is nan at step 2: training has diverged" in sentence
     assert len(losses("out/new")) == 1
 
 
