@@ -122,7 +122,7 @@ class Attention(nn.Module):
     A score is a sum of products, one for each pair (query part (B, T, H, width), key part
     (B, S, heads, width)). The answer is a mean of the values (B, S, heads, D), weighted by the
     softmax of the scores. `start` is the position of the first new token. It is 0 in training, for
-    a prompt and without a cache: then all tokens are new, and keys may be made of what they leave
+    a prompt and without a cache: then all tokens are new, and keys may be made from what they leave
     behind. Comments call that training, and all else decoding.
     """
 
@@ -290,7 +290,7 @@ class QKV(Attention):
 
 class MLA(Attention):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, eq. 9-11 and 14-19): keys and
-    values of all heads are made of one small latent c, which is normalised. Queries are not
+    values of all heads are computed from one small latent c, which is normalised. Queries are not
     compressed, as in DeepSeek-V2-Lite. In decoding no key is made: up_k folds into the query and
     up_v into the output, and attention runs straight over the latents. RoPE on keys would forbid
     that, so position gets a key r of its own, which the heads share."""
@@ -360,9 +360,9 @@ class QV(Attention):
 
 
 class QVKa(QV):
-    """QV-Ka, "Key-after-value & ctx" (arXiv:2603.15665): a key is [g ; v] W_K, made of the value v
-    and of one small context vector g = x W_ctx, which the heads share. A key is linear in what is
-    remembered, so W_K can move over to the query, and no key has to exist:
+    """QV-Ka, "Key-after-value & ctx" (arXiv:2603.15665): a key is [g ; v] W_K, computed from the
+    value v and from one small context vector g = x W_ctx, which the heads share. A key is linear in
+    what is remembered, so W_K can move over to the query, and no key has to exist:
 
         q . k_j  =  q . ([g_j ; v_j] W_K)  =  (q W_K^T) . [g_j ; v_j]  =  q_ctx . g_j  +  q_v . v_j
 
