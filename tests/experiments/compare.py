@@ -547,6 +547,8 @@ def report_sweep(jobs, args):
     path = write_text(args.out / "comparison.md", text)
     drawn = figures.draw_sweep(found, args.out)
     print(f"\n{text}\nwritten: {', '.join(map(str, [path, *drawn]))}")
+    if min(map(len, found.of.values())) < 5:
+        print("Fewer than five seeds tell only large differences from chance; --seeds gives more.")
 
 
 def report_results(args):

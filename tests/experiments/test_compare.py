@@ -119,6 +119,25 @@ def test_a_record_holds_the_numbers_of_its_run(sweep):
         assert found["tokens_per_second"] == pytest.approx(speed, abs=0.5)
 
 
+def test_a_sweep_says_where_its_seeds_are_few(sweep, capsys):
+    words = "Fewer than five seeds tell only large differences from chance"
+    assert call("compare", *SWEEP, "--workers=1") is None
+    assert words in capsys.readouterr().out
+    for path in list(Path("out/compare").glob("*/record.json")):
+        for seed in 1, 2, 3, 4:
+            other = path.parents[1] / f"{path.parent.name}{seed}"
+            other.mkdir()
+            (other / "record.json").write_text(
+                json.dumps({**compare.read(path.parent), "seed": seed})
+            )
+    try:
+        assert call("compare", *SWEEP, "--workers=1") is None
+    finally:
+        for path in Path("out/compare").glob("*seed=7[1234]"):
+            shutil.rmtree(path)
+    assert words not in capsys.readouterr().out
+
+
 def test_losses_in_longer_windows_are_of_the_whole_split(sweep):
     val = prepare.read_dataset("tiny")[1]["val"]
     tokens = torch.from_numpy(val.astype(np.int64))
