@@ -301,12 +301,12 @@ def setting_text(kind):
     return ", ".join([*words, *(f"{name}={flags[name]}" for name in sorted(flags))])
 
 
-def differences(runs, pairs, measure=final_loss):
+def differences(runs, pairs, measure=final_loss, wanted=sweeps.seeds_of):
     """A table with a row for each pair of kinds of which there are runs: the first less the
     second."""
     rows = []
     for one, other in pairs:
-        seeds = sorted(set(sweeps.seeds_of(one)) & set(sweeps.seeds_of(other)))
+        seeds = sorted(set(wanted(one)) & set(wanted(other)))
         values = runs.sums([(1, one), (-1, other)], measure, seeds)
         if not values:
             continue
@@ -484,9 +484,26 @@ def equal_time_text(runs, speeds):
 
 
 def windows_text(runs):
-    kinds = sweeps.WINDOWS
-    text = windows(runs, kinds, lambda kind: sweeps.seeds_of(kind, windows=True))
-    return f"### In longer windows\n\n{text or MISSING}"
+    def wanted(kind):
+        return sweeps.seeds_of(kind, windows=True)
+
+    losses = windows(runs, sweeps.WINDOWS, wanted)
+    if not losses:
+        return f"### In longer windows\n\n{MISSING}"
+    longest = loss_in_windows(8 * sweeps.CONTEXT)
+    compared = [
+        *pairs("rope", (QKV_ROTATED, QKV), (QV, QKV_ROTATED), (QV_KA, QKV_ROTATED)),
+        *pairs("rope+agf", (QKV_ROTATED, QKV), (QV, QKV_ROTATED), (QV_KA, QKV_ROTATED)),
+        *pairs("rope+agf", (QV, GQA_ROTATED), (QV, MQA_ROTATED), (DIAGONAL_32_1, MQA_ROTATED)),
+    ]
+    return "\n\n".join(
+        [
+            "### In longer windows",
+            losses,
+            f"In windows of {8 * sweeps.CONTEXT} tokens:",
+            differences(runs, compared, longest, wanted) or MISSING,
+        ]
+    )
 
 
 MEANING = """\
