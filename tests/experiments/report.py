@@ -187,8 +187,9 @@ the validation split at the end, in nats per character: a mean over the seeds {s
 same for all, or over as many of them as a bracket says where runs are missing. Half of its 95 %
 interval is at most {loss:.4f}, and half of that of a difference from QKV (rotated, under
 rope), which is paired by seed, at most {difference:.4f}.
-**Speeds** are relative to QKV's, under rope+agf; decoding is at 1,024 tokens, by a model of 10.7M
-parameters.
+**Speeds** are relative to QKV's, under rope+agf, on one thread of a CPU; decoding is at 1,024
+tokens, by a model of 10.7M parameters. They are medians over steps that were taken in turn, and
+half of the steps lie within {training} (training) and {decoding} (decoding) of them.
 """
 
 
@@ -230,7 +231,8 @@ def first_table(runs, speeds):
         )
     head = ["attention", "numbers remembered", *ALL_FOUR, "1,800 steps", "8 times the context"]
     head += ["equal time", "weights in attention", "training speed", "decoding speed"]
-    caption = CAPTION.format(seeds=f"{seeds[0]} to {seeds[-1]}", **widest)
+    spreads = {name: spread(speeds[name]) for name in ("training", "decoding")}
+    caption = CAPTION.format(seeds=f"{seeds[0]} to {seeds[-1]}", **widest, **spreads)
     return table(head, rows) + "\n" + caption
 
 
@@ -238,6 +240,12 @@ def speed(rows, attention):
     """How fast an attention is beside QKV, of the rows that speeds.py has measured; None where it
     has not."""
     return next((row["speed"] for row in rows if row["attention"] == attention), None)
+
+
+def spread(rows):
+    """How far the quartiles of a speed lie from it at most, in words."""
+    gaps = [abs(row["speed"] - quartile) for row in rows for quartile in row["quartiles"]]
+    return f"{max(gaps):.2f}" if gaps else NOTHING
 
 
 def speed_text(rows, attention):

@@ -361,9 +361,13 @@ def remembered(kind):
     ]
 
 
+def measured_speed(attention, speed, *quartiles):
+    return dict(attention=attention, speed=speed, quartiles=quartiles or [speed, speed])
+
+
 SPEEDS = dict(
-    training=[dict(attention=QKV, speed=1.0), dict(attention=QV, speed=1.1)],
-    decoding=[dict(attention=QKV, speed=1.0), dict(attention=QV, speed=1.2)],
+    training=[measured_speed(QKV, 1.0), measured_speed(QV, 1.1, 0.9, 1.2)],
+    decoding=[measured_speed(QKV, 1.0), measured_speed(QV, 1.2, 1.1, 1.5)],
 )
 
 
@@ -477,7 +481,7 @@ def test_at_equal_time_a_slower_attention_has_fewer_steps(tmp_path, monkeypatch)
     """QV is as fast as QKV, QV-Ka takes twice the time: 600 and 300 steps, and 120 and 60 early
     ones."""
     attentions = [QKV, QKV_ROTATED, sweeps.GQA_ROTATED, MQA_ROTATED, QV, QV_KA, sweeps.DIAGONAL]
-    training = [dict(attention=one, speed=0.5 if one == QV_KA else 1.0) for one in attentions]
+    training = [measured_speed(one, 0.5 if one == QV_KA else 1.0) for one in attentions]
     measured = dict(training=training, decoding=[])
     (tmp_path / "speeds.json").write_text(json.dumps(measured))
     monkeypatch.setattr(sweeps, "SPEEDS", tmp_path / "speeds.json")
@@ -512,6 +516,7 @@ def test_the_first_table_says_how_wide_its_intervals_are_at_most():
     caption = " ".join(report.first_table(Runs(qkv + qv), SPEEDS).split())
     assert "interval is at most 0.0635, and half" in caption
     assert "paired by seed, at most 0.0508." in caption
+    assert "within 0.20 (training) and 0.30 (decoding) of them" in caption
 
 
 # README -------------------------------------------------------------------------------------------
