@@ -199,11 +199,12 @@ def first_table(runs, speeds):
     seeds = sweeps.TABLE_SEEDS
     equal = {label(kind): kind for kind in sweeps.equal_time()}
     equal[label(QKV)] = kind_of("rope+agf", QKV)
+    rotated = equal.get(label(QKV_ROTATED))
     widest, rows = dict(loss=0.0, difference=0.0), []
 
-    def cell(kind, measure=final_loss):
+    def cell(kind, measure=final_loss, baseline=None):
         losses = runs.sums([(1, kind)], measure, seeds)
-        paired = runs.sums([(1, kind), (-1, like_qkv(kind))], measure, seeds)
+        paired = runs.sums([(1, kind), (-1, baseline or like_qkv(kind))], measure, seeds)
         for name, values in ("loss", losses), ("difference", paired):
             if len(values) > 1:
                 _, half = interval(values)
@@ -223,7 +224,7 @@ def first_table(runs, speeds):
                 *(cell(kind_of(pos, attention)) for pos in ALL_FOUR),
                 cell(kind_of("rope+agf", attention, max_steps=1800)),
                 cell(best, loss_in_windows(8 * sweeps.CONTEXT)),
-                cell(equal[label(best)]) if label(best) in equal else NOTHING,
+                cell(equal[label(best)], baseline=rotated) if label(best) in equal else NOTHING,
                 f"{weights:,}" if weights else NOTHING,
                 speed_text(speeds["training"], attention),
                 speed_text(speeds["decoding"], attention),
@@ -468,7 +469,8 @@ def equal_time_text(runs, speeds):
         return "### At equal time\n\nNo step times are stored; speeds.py measures them."
     textbook = kind_of("rope+agf", QKV)
     pairs_of_losses = [(one, textbook) for one in equal.values()]
-    with_keys, without = (QKV_ROTATED, GQA_ROTATED, MQA_ROTATED), (QV, QV_KA, DIAGONAL)
+    with_keys = QKV_ROTATED, GQA_ROTATED, MQA_ROTATED
+    without = QV, QV_1, QV_KA, DIAGONAL
     for one, other in itertools.product(without, with_keys):
         pairs_of_losses.append((equal[label(one)], equal[label(other)]))
     for one in QV_KA, DIAGONAL:
