@@ -214,7 +214,9 @@ def draw_attention(model, tokenizer, idx):
         axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=7)
         axes.set_xticks(ticks, labels, fontsize=5, parse_math=False, rotation=rotation)
         axes.set_yticks(ticks, labels, fontsize=5, parse_math=False)
-    title = f"{config.attention}, {config.pos}\nweight of each token (across) for each (down)"
+    title = (
+        f"{config.attention}, {config.pos}\nhow much each token (a row) attends to each (a column)"
+    )
     figure.suptitle(title, fontsize=9)
     figure.colorbar(image, ax=grid, fraction=0.02)
     return figure

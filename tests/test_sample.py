@@ -421,7 +421,7 @@ def test_an_attention_map_has_the_first_token_at_the_top_and_on_the_left(figure)
 
 
 def test_an_attention_map_says_of_which_model_it_is_and_how_to_read_it(figure):
-    expected = "qv, rope+agf\nweight of each token (across) for each (down)"
+    expected = "qv, rope+agf\nhow much each token (a row) attends to each (a column)"
     assert figure[0].get_suptitle() == expected
 
 

@@ -13,7 +13,6 @@ buffers for one token, in all layers.
 import sys
 import time
 from dataclasses import replace
-from itertools import repeat
 from pathlib import Path
 from statistics import median
 
@@ -22,15 +21,32 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import sweeps
+from runs import label
+
 from model import ATTENTIONS, GPT, POSITIONS, GPTConfig
 from prepare import Progress, new_parser, parse_int, run_program, save_figure
-from train import autocast, choose_device
+from train import PRESETS, autocast, choose_device
 
 # The five attentions, and those of them that can share, with one head of keys or values.
 VARIANTS = {name: dict(attention=name, n_kv_head=None) for name in ATTENTIONS} | {
     f"{name}, one {what}": dict(attention=name, n_kv_head=1)
     for name, what in (("gqa", "k, v"), ("qv", "v"), ("qv_ka", "v"))
 }
+
+# What README's picture shows: attentions of its table, in the model of its table.
+MQA = dict(attention="gqa", n_kv_head=1)
+PICTURE = [
+    sweeps.QKV,
+    sweeps.GQA,
+    MQA,
+    sweeps.MLA,
+    sweeps.QV,
+    sweeps.QV_1,
+    sweeps.QV_KA,
+    sweeps.QV_KA_32_1,
+]
+SMALL = GPTConfig(**{name: PRESETS["cpu"][name] for name in ("n_head", "n_embd")})
 
 
 def parse(argv=None):
@@ -130,9 +146,7 @@ def remembered(shape, variant):
             (letter, m.size(-1))
             for letter, m in zip("cr", memory[0].split(attention.widths, dim=-1))
         ]
-    letters = {"qkv": "kv", "gqa": "kv", "qv": "v", "qv_ka": "vg"}.get(
-        variant["attention"], repeat("?")
-    )
+    letters = {"qkv": "kv", "gqa": "kv", "qv": "v", "qv_ka": "vg"}[variant["attention"]]
     return [
         (letter, m.size(-1))
         for letter, m in zip(letters, memory)
@@ -140,7 +154,7 @@ def remembered(shape, variant):
     ]
 
 
-def draw(shape, path):
+def draw(shape, attentions, path):
     """A bar for each attention, as long as what a token leaves behind, in a box for each vector."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -151,56 +165,45 @@ def draw(shape, path):
         "c": ("latent", "#56B4E9", "//"),
         "r": ("rotary key (rope only)", "#009E73", ""),
         "g": ("context", "#CC79A7", ".."),
-        "?": ("of an attention of one's own", "#D55E00", ""),
     }  # Okabe and Ito's colours
     figure = Figure(figsize=(8, 3.4), layout="constrained")
-    axes, seen = figure.subplots(), set()
-    for row, (name, variant) in enumerate(VARIANTS.items()):
+    axes = figure.subplots()
+    longest = 0
+    for row, attention in enumerate(attentions):
         left = 0
-        for letter, width in remembered(shape, variant):
-            seen.add(letter)
+        for letter, width in remembered(shape, attention):
             _, colour, hatch = kinds[letter]
-            axes.barh(
-                row, width, 0.7, left, color=colour, hatch=hatch, edgecolor="white", linewidth=1
-            )
-            axes.text(
-                left + width / 2,
-                row,
-                letter,
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if letter == "k" else "black",
-            )
+            looks = dict(color=colour, hatch=hatch, edgecolor="white", linewidth=1)
+            axes.barh(row, width, 0.7, left, **looks)
+            shade = "white" if letter == "k" else "black"
+            centred = dict(ha="center", va="center")
+            axes.text(left + width / 2, row, letter, fontsize=8, color=shade, **centred)
             left += width
-        axes.text(left + 8, row, left, va="center", fontsize=9)
+        axes.text(left, row, f"  {left}", va="center", fontsize=9)
+        longest = max(longest, left)
     axes.set(
-        yticks=range(len(VARIANTS)),
-        yticklabels=VARIANTS,
-        xlim=(0, 850),
+        yticks=range(len(attentions)),
+        yticklabels=[label(attention) for attention in attentions],
+        xlim=(0, 1.1 * longest),
         xlabel="numbers remembered per token "
         f"and layer ({shape.n_head} heads of width {shape.n_embd // shape.n_head})",
     )
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(
-        handles=[
-            Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=f"{letter}: {word}")
-            for letter, (word, colour, hatch) in kinds.items()
-            if letter in seen
-        ],
-        loc="lower right",
-        fontsize=9,
-    )
+    handles = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=f"{letter}: {word}")
+        for letter, (word, colour, hatch) in kinds.items()
+    ]
+    axes.legend(handles=handles, loc="center right", fontsize=9)
     save_figure(figure, path)
     print(f"drew {path}")
 
 
 def main(argv=None):
     args = parse(argv)
-    shape = GPTConfig(block_size=args.context)
     if args.draw:
-        return draw(shape, args.draw)
+        return draw(SMALL, PICTURE, args.draw)
+    shape = GPTConfig(block_size=args.context)
     device = choose_device(args.device)
     torch.manual_seed(0)
     benchmark(shape, args.pos.split(","), device, autocast(device, args.dtype), args.tokens)

@@ -15,7 +15,7 @@ from matplotlib.transforms import Bbox
 from report import like_qkv
 from runs import attention_of, final_loss, key, label, loss_in_windows, place, setting
 from stats import interval
-from sweeps import QKV, QKV_ROTATED, QV, QV_KA, kinds_of
+from sweeps import CONTEXT, QKV, QKV_ROTATED, QV, QV_KA, kinds_of
 
 from model import POSITIONS
 from prepare import save_figure
@@ -29,7 +29,7 @@ COLOURS = {
 }
 MARKERS = {"qkv": "o", "gqa": "s", "mla": "^", "qv": "v", "qv_ka": "D"}
 LOSS = "validation loss (nats per token)"
-LESS_QKV = "{} loss less that of\nQKV, rotated (nats per token)"
+MINUS_QKV = "{} loss minus that of\nQKV, rotated (nats per token)"
 FOUR = (QKV, QKV_ROTATED, QV, QV_KA)
 
 
@@ -119,7 +119,7 @@ def draw_frontier(runs, kinds, path):
     use_powers_of_two(axes, [32, 64, 128, 256])
     axes.margins(x=0.16, y=0.12)
     axes.axhline(0, color="black", linewidth=1)
-    axes.set(xlabel="numbers remembered per token and layer", ylabel=LESS_QKV.format("validation"))
+    axes.set(xlabel="numbers remembered per token and layer", ylabel=MINUS_QKV.format("validation"))
     place_names(figure, axes, points)
     return save(figure, path)
 
@@ -185,7 +185,7 @@ def draw_lengths(runs, kinds, path):
             x = [aside * length for length in lengths]
             panel.errorbar(x, means, halves, label=label(kind), **style(kind))
         use_powers_of_two(panel, lengths)
-        panel.set(title=f"{pos} positions", xlabel="tokens in a window")
+        panel.set(title=f"{pos} positions", xlabel=f"tokens in a window ({CONTEXT} in training)")
     panels[0].set_ylabel(LOSS)
     add_legend(figure, panels)
     return save(figure, path)
@@ -200,16 +200,22 @@ def first_fifth_of_curve(run):
 
 
 def draw_early(runs, kinds, path):
-    """How the training losses of the first fifth of the steps differ from QKV's."""
-    figure, axes = new_figure(3.5)
-    for number, kind in enumerate(kinds):
-        terms = [(1, kind), (-1, like_qkv(kind))]
-        mean, half = interval(runs.sums(terms, first_fifth_of_curve, sweeps.seeds_of(kind)))
-        steps = (np.arange(len(mean)) + 0.5) * runs.fact(kind, "steps") / 5 / len(mean)
-        axes[0].errorbar(steps + number - 1, mean, half, label=label(kind), **style(kind))
-    axes[0].axhline(0, color="black", linewidth=1)
-    axes[0].set(xlabel="step", ylabel=LESS_QKV.format("training"))
-    add_legend(figure, axes)
+    """How the training losses of the first fifth of the steps differ from QKV's, a panel for each
+    kind of positions. Of its points the first is left out, which varies far more than the rest."""
+    positions = list(dict.fromkeys(kind["pos"] for kind in kinds))
+    figure, panels = new_figure(3.5, len(positions))
+    for pos, panel in zip(positions, panels):
+        for number, kind in enumerate(kind for kind in kinds if kind["pos"] == pos):
+            terms = [(1, kind), (-1, like_qkv(kind))]
+            mean, half = interval(runs.sums(terms, first_fifth_of_curve, sweeps.seeds_of(kind)))
+            total = runs.fact(kind, "steps")
+            steps = (np.arange(len(mean)) + 0.5) * total / 5 / len(mean) + number - 1
+            looks = dict(label=label(kind), **style(kind))
+            panel.errorbar(steps[1:], mean[1:], half[1:], **looks)
+        panel.axhline(0, color="black", linewidth=1)
+        panel.set(title=f"{pos} positions", xlabel=f"step (of {total})")
+    panels[0].set_ylabel(MINUS_QKV.format("training"))
+    add_legend(figure, panels)
     return save(figure, path)
 
 
@@ -245,7 +251,7 @@ def draw_results(runs, first, folder):
     if windows:
         drawn.append(draw_lengths(runs, windows, folder / "lengths.png"))
 
-    early = kinds_of("rope+agf", QKV, QV, QV_KA)
+    early = kinds_of("rope", QKV, QV, QV_KA) + kinds_of("rope+agf", QKV, QV, QV_KA)
     early = [kind for kind in early if is_beside_qkv(runs, kind)]
     if early:
         drawn.append(draw_early(runs, early, folder / "early.png"))

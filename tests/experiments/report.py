@@ -134,7 +134,7 @@ def qv_ka_less_qkv(pos):
 
 ALL_FOUR = ("sinusoidal", "rope", "agf", "rope+agf")
 ALL_BUT_SINUSOIDAL = ALL_FOUR[1:]
-C2 = "C2: QV - QKV, less half of the sinusoidal difference, < 0"
+C2 = "C2: QV - QKV, minus half of the sinusoidal difference, < 0"
 C4 = "C4: QV-Ka - QKV < 0, of the mean training losses of the first fifth"
 
 CLAIMS = [
@@ -183,10 +183,10 @@ CAPTION = """\
 **Numbers remembered** are for one token in one layer. The next four columns are **losses** by
 positions. From *1,800 steps* to *equal time* they are under rope+agf: of runs three times as long,
 in windows of 8 times the context, and after the time that 600 steps of QKV take. A loss is that of
-the validation split at the end, in nats per character: a mean over the seeds {seeds}, the
-same for all, or over as many of them as a bracket says where runs are missing. Half of its 95 %
-interval is at most {loss:.4f}, and half of that of a difference from QKV (rotated, under
-rope), which is paired by seed, at most {difference:.4f}.
+the validation split at the end, in nats per token, here a character. It is a mean over the seeds
+{seeds}, the same for all, or over as many of them as a bracket says where runs are missing.
+Half of its 95 % interval is at most {loss:.4f}, and half of that of a difference from QKV
+(rotated, under rope), which is paired by seed, at most {difference:.4f}.
 **Speeds** are relative to QKV's, under rope+agf, on one thread of a CPU; decoding is at 1,024
 tokens, by a model of 10.7M parameters. They are medians over steps that were taken in turn, and
 half of the steps lie within {training} (training) and {decoding} (decoding) of them.
@@ -275,8 +275,8 @@ def comparison(runs, kinds, baseline, wanted=all_there_are, measure=final_loss):
     head = ["positions", "attention", "seeds", "numbers remembered", "weights in attention"]
     head += [
         "loss",
-        "loss less the baseline's",
-        "training loss of the first fifth less the baseline's",
+        "loss minus the baseline's",
+        "training loss of the first fifth minus the baseline's",
     ]
     rows = {}
     for kind in kinds:
@@ -311,7 +311,7 @@ def setting_text(kind):
 
 
 def differences(runs, pairs, measure=final_loss, wanted=sweeps.seeds_of):
-    """A table with a row for each pair of kinds of which there are runs: the first less the
+    """A table with a row for each pair of kinds of which there are runs: the first minus the
     second."""
     rows = []
     for one, other in pairs:
@@ -324,13 +324,13 @@ def differences(runs, pairs, measure=final_loss, wanted=sweeps.seeds_of):
             [
                 label(one),
                 label(other),
-                one["pos"],
+                ", ".join(dict.fromkeys([one["pos"], other["pos"]])),
                 ", ".join(map(str, memory)),
                 seeds_text(len(values), seeds),
                 difference_text(values),
             ]
         )
-    head = ["attention", "less", "positions", "numbers remembered", "seeds", "difference"]
+    head = ["attention", "minus", "positions", "numbers remembered", "seeds", "difference"]
     return table(head, rows) if rows else ""
 
 
@@ -399,7 +399,24 @@ def pairs(pos, *attentions, **flags):
     return [(kind_of(pos, one, **flags), kind_of(pos, other, **flags)) for one, other in attentions]
 
 
+def pairs_of_positions(pos, others, *attentions):
+    """Pairs of kinds: each attention with these positions, and with others."""
+    return [
+        (kind_of(pos, attention), kind_of(other, attention))
+        for other in others
+        for attention in attentions
+    ]
+
+
 SECTIONS = [
+    Section(
+        "Positions",
+        "What rope+agf gains.",
+        pairs=[
+            *pairs_of_positions("rope+agf", ("sinusoidal", "agf"), QKV, QV, QV_KA),
+            *pairs_of_positions("rope+agf", ("rope",), QKV, QKV_ROTATED, QV, QV_KA),
+        ],
+    ),
     Section(
         "Rotated values",
         "What QKV and GQA gain or lose by `--rope_values`.",
@@ -410,10 +427,12 @@ SECTIONS = [
     ),
     Section(
         "How little must be remembered",
-        "All attentions under rope+agf, and differences between some of them.",
+        "All attentions under rope+agf, and differences between some of them. Where numbers of "
+        "seeds differ, compare these and not the losses.",
         kinds=sweeps.MEMORY,
         pairs=[
-            *pairs("rope+agf", (QV, GQA_ROTATED), (QV, MQA_ROTATED), (QV_2, MQA_ROTATED)),
+            *pairs("rope+agf", (QV, GQA_ROTATED), (QV_KA, GQA_ROTATED)),
+            *pairs("rope+agf", (QV, MQA_ROTATED), (QV_2, MQA_ROTATED)),
             *pairs("rope+agf", (QV_KA_32_1, MQA_ROTATED), (DIAGONAL_32_1, MQA_ROTATED)),
             *pairs("rope+agf", (QV_1, MLA_32), (QV_KA_1, QV), (QV_KA_32_2, QV)),
         ],
@@ -473,8 +492,8 @@ def equal_time_text(runs, speeds):
     without = QV, QV_1, QV_KA, DIAGONAL
     for one, other in itertools.product(without, with_keys):
         pairs_of_losses.append((equal[label(one)], equal[label(other)]))
-    for one in QV_KA, DIAGONAL:
-        pairs_of_losses.append((equal[label(one)], equal[label(QV)]))
+    for one, other in (DIAGONAL_32_1, MQA_ROTATED), (QV_KA, QV), (DIAGONAL, QV):
+        pairs_of_losses.append((equal[label(one)], equal[label(other)]))
     pairs_of_early = pairs("rope+agf", (QV, QKV_ROTATED), (QV_KA, QKV_ROTATED), (QV_KA, QV))
 
     def early_loss_in_time(run):
@@ -485,9 +504,9 @@ def equal_time_text(runs, speeds):
         [
             "### At equal time",
             "An attention has 600 steps times its training speed in the first table: as many as "
-            "take the time of 600 steps of QKV.",
+            "take the time of 600 steps of QKV. How sure that speed is, the intervals do not say.",
             differences(runs, pairs_of_losses) or MISSING,
-            "The mean training loss of the time that the first fifth of QKV's steps takes:",
+            "The mean training loss during the time of the first fifth of QKV's steps:",
             differences(runs, pairs_of_early, early_loss_in_time) or MISSING,
         ]
     )
@@ -548,7 +567,7 @@ EXPLORATORY = """\
 ## Exploratory: differences without verdicts
 
 Nothing here was claimed before. Where nothing differs, one interval in twenty leaves out zero by
-chance.
+chance. The baseline is QKV: under rope and rope+agf QKV, rotated.
 """
 
 FIRST = """\
@@ -571,10 +590,10 @@ def planned(runs, is_planned=True):
 
 # The figures that figures.py draws, and what they show.
 FIGURES = {
-    "positions.png": "The losses by positions",
+    "positions.png": "The losses by positions; differences, paired by seed, vary less than these",
     "frontier.png": "What each attention loses, by what it remembers (rope+agf)",
     "lengths.png": "The losses in longer windows",
-    "early.png": "Early in training: the training losses under rope+agf less those of QKV, rotated",
+    "early.png": "Early in training, where the paper has QV-Ka learn faster than QKV",
 }
 
 

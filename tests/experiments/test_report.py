@@ -481,7 +481,7 @@ def test_at_equal_time_a_slower_attention_has_fewer_steps(tmp_path, monkeypatch)
     """QV is as fast as QKV, QV-Ka takes twice the time: 600 and 300 steps, and 120 and 60 early
     ones."""
     attentions = [QKV, QKV_ROTATED, sweeps.GQA_ROTATED, MQA_ROTATED]
-    attentions += [QV, QV_1, QV_KA, sweeps.DIAGONAL]
+    attentions += [QV, QV_1, QV_KA, sweeps.DIAGONAL, sweeps.DIAGONAL_32_1]
     training = [measured_speed(one, 0.5 if one == QV_KA else 1.0) for one in attentions]
     measured = dict(training=training, decoding=[])
     (tmp_path / "speeds.json").write_text(json.dumps(measured))
@@ -716,14 +716,15 @@ def test_longer_windows_have_a_panel_for_each_kind_of_positions(drawn):
 
 
 def test_early_training_is_less_that_of_rotated_qkv_over_the_first_fifth(drawn):
-    (panel,) = drawn["early.png"].axes
+    rope, both = drawn["early.png"].axes
+    assert (rope.get_title(), both.get_title()) == ("rope positions", "rope+agf positions")
     runs = every_planned_run()
-    found = bars(panel)
+    found = bars(both)
     assert sorted(found) == ["QKV", "QV", "QV-Ka"]
     terms = [(1, kind_of("rope+agf", QV)), (-1, kind_of("rope+agf", QKV_ROTATED))]
     difference = np.mean(runs.sums(terms, final_loss))
-    assert [x for x, *_ in found["QV"]] == pytest.approx(np.arange(5, 120, 10), abs=1)
-    assert [mean for _, mean, _ in found["QV"]] == pytest.approx([difference] * 12)
+    assert [x for x, *_ in found["QV"]] == pytest.approx(np.arange(15, 120, 10), abs=1)
+    assert [mean for _, mean, _ in found["QV"]] == pytest.approx([difference] * 11)
 
 
 def test_early_differences_have_intervals_and_a_line_at_zero(tmp_path, monkeypatch):
@@ -735,7 +736,7 @@ def test_early_differences_have_intervals_and_a_line_at_zero(tmp_path, monkeypat
     figures.draw_early(Runs(records), [qv], tmp_path / "early.png")
     (panel,) = found[0].axes
     wanted = stats.interval([0.1, 0.3])
-    assert [point[1:] for point in bars(panel)["QV"]] == [pytest.approx(wanted)] * 12
+    assert [point[1:] for point in bars(panel)["QV"]] == [pytest.approx(wanted)] * 11
     assert [0, 0] in [list(line.get_ydata()) for line in panel.lines]
 
 
@@ -756,15 +757,14 @@ def test_axes_say_what_they_show(drawn):
         name: [(panel.get_xlabel(), panel.get_ylabel()) for panel in figure.axes]
         for name, figure in drawn.items()
     }
-    loss, less = (
-        "validation loss (nats per token)",
-        "loss less that of\nQKV, rotated (nats per token)",
-    )
+    loss = "validation loss (nats per token)"
+    minus = "loss minus that of\nQKV, rotated (nats per token)"
+    window = "tokens in a window (64 in training)"
     assert names == {
         "positions.png": [("", loss)],
-        "frontier.png": [("numbers remembered per token and layer", f"validation {less}")],
-        "lengths.png": [("tokens in a window", loss), ("tokens in a window", "")],
-        "early.png": [("step", f"training {less}")],
+        "frontier.png": [("numbers remembered per token and layer", f"validation {minus}")],
+        "lengths.png": [(window, loss), (window, "")],
+        "early.png": [("step (of 600)", f"training {minus}"), ("step (of 600)", "")],
     }
 
 
