@@ -310,6 +310,13 @@ def setting_text(kind):
     return ", ".join([*words, *(f"{name}={flags[name]}" for name in sorted(flags))])
 
 
+def name_beside(kind, other):
+    """What a kind is called beside another: with those flags of its setting that the other does not
+    have."""
+    flags = setting(kind).items() - setting(other).items()
+    return ", ".join([label(kind), *(f"{name}={value}" for name, value in sorted(flags))])
+
+
 def differences(runs, pairs, measure=final_loss, wanted=sweeps.seeds_of):
     """A table with a row for each pair of kinds of which there are runs: the first minus the
     second."""
@@ -322,8 +329,8 @@ def differences(runs, pairs, measure=final_loss, wanted=sweeps.seeds_of):
         memory = [runs.fact(kind, "remembered") or NOTHING for kind in (one, other)]
         rows.append(
             [
-                label(one),
-                label(other),
+                name_beside(one, other),
+                name_beside(other, one),
                 ", ".join(dict.fromkeys([one["pos"], other["pos"]])),
                 ", ".join(map(str, memory)),
                 seeds_text(len(values), seeds),
@@ -459,6 +466,11 @@ SECTIONS = [
         "Other learning rates, and AdamW",
         "All other runs are trained by Muon at a rate of 0.01.",
         kinds=[*sweeps.RATES, *sweeps.ADAMW],
+        pairs=[
+            (kind_of("rope+agf", attention, learning_rate=rate), kind_of("rope+agf", attention))
+            for rate in (0.005, 0.02)
+            for attention in (QKV_ROTATED, QV, QV_KA)
+        ],
     ),
     Section(
         "A larger model",
