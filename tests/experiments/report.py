@@ -550,8 +550,9 @@ def windows_text(runs):
 MEANING = """\
 # What the runs show
 
-Made by `{command}` from the runs in results.json, those in results_first.json, and the speeds in
-speeds.json.
+Made by `{command}` from the runs in results.json (by
+`compare.py --part=1` and so on, to 7), those in results_first.json, and the speeds in speeds.json
+(by `speeds.py`).
 
 - A **loss** is that of the trained model over the whole validation split, in nats per token.
 - A **difference** is a mean over seeds; runs of one seed saw the same batches, and are subtracted
