@@ -406,10 +406,10 @@ def pairs(pos, *attentions, **flags):
     return [(kind_of(pos, one, **flags), kind_of(pos, other, **flags)) for one, other in attentions]
 
 
-def pairs_of_positions(pos, others, *attentions):
+def pairs_of_positions(pos, others, *attentions, **flags):
     """Pairs of kinds: each attention with these positions, and with others."""
     return [
-        (kind_of(pos, attention), kind_of(other, attention))
+        (kind_of(pos, attention, **flags), kind_of(other, attention, **flags))
         for other in others
         for attention in attentions
     ]
@@ -458,9 +458,12 @@ SECTIONS = [
         "Three times as long",
         "The same training with 1,800 steps.",
         kinds=sweeps.LONGER,
-        pairs=pairs(
-            "rope+agf", (QV_KA, QV), (QV, MQA_ROTATED), (QV_KA, MQA_ROTATED), max_steps=1800
-        ),
+        pairs=[
+            *pairs_of_positions("rope+agf", ("sinusoidal",), QV, QV_KA, max_steps=1800),
+            *pairs(
+                "rope+agf", (QV_KA, QV), (QV, MQA_ROTATED), (QV_KA, MQA_ROTATED), max_steps=1800
+            ),
+        ],
     ),
     Section(
         "Other learning rates, and AdamW",
