@@ -682,7 +682,7 @@ class GPT(nn.Module):
         """Draws matrices so that they keep the scale of what they multiply, with a standard
         deviation of 1 / sqrt(fan_in): then a K or V made in two steps starts as large as one made
         in one. Vectors keep what their module gave them."""
-        if parameter.dim() == 1:
+        if parameter.dim() < 2:
             return
         # The fan-in is the second size: of a matrix (fan_out, fan_in), and of a stack of matrices,
         # one for each head, (H, fan_in, fan_out). For embeddings (V, C), which are the output's

@@ -241,11 +241,11 @@ def main(argv=None):
         print(f"{args.attention_map}: attention weights over {idx.size(1)} tokens")
         return
 
-    context = autocast(device, args.dtype)
-    kernel = choose_kernel(model, args.kernel, context)
+    precision = autocast(device, args.dtype)
+    kernel = choose_kernel(model, args.kernel, precision)
     torch.manual_seed(args.seed)
     started = time.perf_counter()
-    with context:
+    with precision:
         for number in range(args.num_samples):
             if number > 0:
                 print("-" * 80)

@@ -213,7 +213,7 @@ HOW = {
     "compile",
     "micro_batch_size",
 }
-# Flags that may be others when a run goes on. Without them it goes on exactly.
+# Flags that may be others when a run goes on. If none of them is changed, it goes on exactly.
 MAY_CHANGE = HOW | {
     "max_steps",
     "learning_rate",
@@ -226,10 +226,9 @@ MAY_CHANGE = HOW | {
 
 def parse_bool(text):
     """The bool of a flag such as --compile=False."""
-    values = {"true": True, "false": False}
-    if text.lower() not in values:
+    if text.lower() not in ("true", "false"):
         raise ArgumentTypeError(f"{text} must be True or False")
-    return values[text.lower()]
+    return text.lower() == "true"
 
 
 # How the text of a flag is read, by the flag's type.
@@ -237,6 +236,7 @@ PARSERS = {
     int: parse_int,
     int | None: parse_int,
     float: float,
+    float | None: float,
     str: str,
     str | None: str,
     bool: parse_bool,
@@ -261,12 +261,12 @@ def parse(argv=None):
                 in_a_preset = any(field.name in preset for preset in PRESETS.values())
                 whose = "the preset's, or else " if in_a_preset else ""
                 help += f" (default: {whose}{field.default})"
-            kind = dict(type=PARSERS[field.type], choices=choices)
+            options = dict(type=PARSERS[field.type], choices=choices)
             if field.type in (bool, bool | None):  # --compile, --compile=False, --no-compile
-                no = dict(action="store_false", default=SUPPRESS, help=SUPPRESS)
+                no = dict(action="store_false", help=SUPPRESS)
                 group.add_argument(f"--no-{field.name}", dest=field.name, **no)
-                kind |= dict(nargs="?", const=True, metavar="False")
-            group.add_argument(f"--{field.name}", help=help, **kind)
+                options |= dict(nargs="?", const=True, metavar="False")
+            group.add_argument(f"--{field.name}", help=help, **options)
     return vars(parser.parse_args(argv))
 
 
@@ -285,7 +285,7 @@ def configure(given, checkpoint=None):
     train, config = select(TrainConfig, values), select(GPTConfig, values)
     refuse_idle_flags(given, config)
     if checkpoint is not None:
-        refuse_changes(given, checkpoint, {**asdict(train), **asdict(config.resolve())})
+        refuse_changes(given, stored, values)
     return train, config
 
 
@@ -308,10 +308,14 @@ def refuse_idle_flags(given, config):
                 )
 
 
-def refuse_changes(given, checkpoint, new):
+def refuse_changes(given, stored, values):
     """Raises UserError where a given flag would change what a run that goes on has to keep."""
-    old_config = GPTConfig(**checkpoint["model_config"]).resolve()
-    old = {**checkpoint["train_config"], **asdict(old_config)}
+
+    def with_sizes(values):
+        # To give a size that follows from the others anyway changes nothing.
+        return {**values, **asdict(select(GPTConfig, values).resolve())}
+
+    old, new = with_sizes(stored), with_sizes(values)
     for name in sorted(given.keys() - MAY_CHANGE):
         if new[name] != old[name]:
             raise UserError(
@@ -497,25 +501,25 @@ def free_cores():
 
 
 def autocast(device, dtype):
-    """The context of a forward pass: matrix products in that dtype, all else in float32. auto is
-    bfloat16 where a CUDA device has it, else float32."""
+    """The precision of a forward pass, which runs inside it: matrix products in that dtype, all
+    else in float32. auto is bfloat16 where a CUDA device has it, else float32."""
     if dtype == "auto":
         bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if bfloat16 else "float32"
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
-def choose_kernel(model, name, context):
-    """Has the model attend by kernel.py if `name` is triton, once a trial in that autocast context
-    gave what PyTorch gives. Returns what is used, torch or triton; auto is torch, as long as nobody
-    has timed this version of the kernel. Raises UserError, and leaves the model with PyTorch."""
+def choose_kernel(model, name, precision):
+    """Has the model attend by kernel.py if `name` is triton, once a trial in that precision gave
+    what PyTorch gives. Returns what is used, torch or triton; auto is torch, as long as nobody has
+    timed this version of the kernel. Raises UserError, and leaves the model with PyTorch."""
     if name != "triton":
         return "torch"
-    tolerance = 1e-2 if context.fast_dtype == torch.float32 else 1e-1
+    tolerance = 1e-2 if precision.fast_dtype == torch.float32 else 1e-1
     try:
-        expected = try_model(model, context)
+        expected = try_model(model, precision)
         model.use_kernel()
-        for what, result in try_model(model, context).items():
+        for what, result in try_model(model, precision).items():
             if result is None:
                 continue
             error = (result - expected[what]).norm() / expected[what].norm()
@@ -529,7 +533,7 @@ def choose_kernel(model, name, context):
     return name
 
 
-def try_model(model, context):
+def try_model(model, precision):
     """What the model computes of a text of random tokens, {what: tensor}: a loss, and in training
     all gradients (None, of parameters that are not used), otherwise the logits of a token that is
     decoded by a cache."""
@@ -537,7 +541,7 @@ def try_model(model, context):
     random = torch.Generator().manual_seed(0)
     length = min(config.block_size, 1024)
     idx = torch.randint(config.vocab_size, (1, length), generator=random).to(device)
-    with context:
+    with precision:
         _, loss = model(idx, idx.roll(-1, dims=1))
     results = {"the loss": loss.detach()}
     if model.training:
@@ -546,7 +550,7 @@ def try_model(model, context):
         results |= {f"the gradient of {name}": g for name, g in zip(learning, gradients)}
     else:
         cache = model.new_cache()
-        with context, torch.no_grad():
+        with precision, torch.no_grad():
             model(idx[:, :-1], cache=cache)
             results["a decoded token"], _ = model(idx[:, -1:], cache=cache)
     return results
@@ -570,12 +574,12 @@ def compile_model(model, wanted, device):
     return torch.compile(model)
 
 
-def share_gradients(model, forward, context):
+def share_gradients(model, forward, precision):
     """The forward pass of a process among others: all begin with the weights of the first, and each
     backward pass ends with the mean of their gradients."""
     if WORLD == 1:
         return forward
-    unused = any(tensor is None for tensor in try_model(model, context).values())
+    unused = any(tensor is None for tensor in try_model(model, precision).values())
     with warnings.catch_warnings():  # of a new name for broadcast_buffers
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
@@ -660,20 +664,22 @@ def orthogonal(x):
 def make_optimizers(model, train):
     """Muon, if it is wanted, and AdamW. Weight decay pulls on matrices, not on gains and
     exponents."""
-    matrices = [w for w in model.parameters() if w.dim() > 1]
-    vectors = [w for w in model.parameters() if w.dim() == 1]
-    optimizers = []
-    if train.optimizer == "muon":
-        moved = [w for w in model.blocks.parameters() if w.dim() > 1]
-        optimizers.append(Muon(moved, lr=0.0, weight_decay=train.weight_decay))
-        known = {id(w) for w in moved}
-        matrices = [w for w in matrices if id(w) not in known]
+    for_muon, matrices, vectors = [], [], []
+    for name, w in model.named_parameters():
+        if w.dim() < 2:
+            vectors.append(w)
+        elif train.optimizer == "muon" and name.startswith("blocks."):
+            for_muon.append(w)
+        else:
+            matrices.append(w)
     groups = [
         dict(params=matrices, weight_decay=train.weight_decay),
         dict(params=vectors, weight_decay=0.0),
     ]
     fused = model.wte.weight.device.type in ("cuda", "cpu")
-    optimizers.append(AdamW(groups, lr=0.0, betas=(0.9, train.beta2), fused=fused))
+    optimizers = [AdamW(groups, lr=0.0, betas=(0.9, train.beta2), fused=fused)]
+    if for_muon:
+        optimizers.insert(0, Muon(for_muon, lr=0.0, weight_decay=train.weight_decay))
     return optimizers
 
 
@@ -709,7 +715,7 @@ def learning_rate(step, train):
     return rate
 
 
-def train_step(model, optimizers, train, step, x, y, context):
+def train_step(model, optimizers, train, step, x, y, precision):
     """Moves the weights by one step on a batch. Returns the mean loss of this process's share, in
     nats: a tensor on the device, which nobody has waited for."""
     seeds = np.random.SeedSequence((train.seed, step, RANK))
@@ -718,7 +724,7 @@ def train_step(model, optimizers, train, step, x, y, context):
     for start in range(0, len(x), micro):
         if WORLD > 1:  # gradients are exchanged once, after the last micro-batch
             model.require_backward_grad_sync = start + micro == len(x)
-        with context:
+        with precision:
             _, loss = model(x[start : start + micro], y[start : start + micro])
         loss = loss * (micro / len(x))  # its part of the mean
         loss.backward()  # gradients add up
@@ -733,28 +739,27 @@ def train_step(model, optimizers, train, step, x, y, context):
 
 
 @torch.no_grad()
-def evaluate(model, data, batch_size, context, eval_tokens=None, rank=RANK, world=WORLD):
+def evaluate(model, data, batch_size, precision, eval_tokens=None, rank=RANK, world=WORLD):
     """Predicts the first eval_tokens tokens of data, or all, each once, from those before it in
     windows of block_size, batch_size windows at a time. Returns the sum of the losses in this
     process's share, in nats, and their number."""
     block_size = model.config.block_size
     predicted = min(len(data) - 1, eval_tokens or len(data))
     starts = np.arange(0, predicted - block_size + 1, block_size)
-    parts = [(starts[i : i + batch_size], block_size) for i in range(0, len(starts), batch_size)]
+    batches = [(starts[i : i + batch_size], block_size) for i in range(0, len(starts), batch_size)]
     if rest := predicted % block_size:
-        parts.append((np.array([predicted - rest]), rest))  # a shorter window
-    progress, loss_sum, count = Progress(len(parts)), 0.0, 0
+        batches.append((np.array([predicted - rest]), rest))  # a shorter window
+    progress, loss_sum, count = Progress(len(batches)), 0.0, 0
     model.eval()
-    for number in range(rank, len(parts), world):
+    for number in range(rank, len(batches), world):
         if rank == 0:
             progress(number, "validating ...")
-        x, y = windows(data, *parts[number], model.wte.weight.device)
-        with context:
+        x, y = windows(data, *batches[number], model.wte.weight.device)
+        with precision:
             _, loss = model(x, y)
         loss_sum += loss.item() * y.numel()
         count += y.numel()
-    if rank == 0:
-        progress.clear()
+    progress.clear()
     model.train()
     return loss_sum, count
 
@@ -803,14 +808,18 @@ def lock_run_folder(folder):
         yield
 
 
-def find_run(given):
-    """The folder of the run to go on with; None if a new one is to begin. Raises UserError."""
+def choose_run(given):
+    """The folder of the run that is to go on, and None. Or the folder of a new one, and its data
+    set, which is prepared if it is a small one that is missing. Raises UserError."""
     if given.get("restartable") and "out" not in given:
         raise UserError("--restartable needs --out, the folder in which to look for the run")
     begun = "out" in given and Path(given["out"], "last.pt").exists()
-    if not given.get("resume") and not (given.get("restartable") and begun):
-        return None
-    return Path(given["out"]) if "out" in given else newest_run()
+    if given.get("resume") or (given.get("restartable") and begun):
+        return Path(given["out"]) if "out" in given else newest_run(), None
+    train, config = configure(given)
+    # By default the data set depends on whether there is a network.
+    dataset = prepare.load_or_prepare(train.dataset)[0]
+    return name_run(given, replace(train, dataset=dataset), config), dataset
 
 
 def name_run(given, train, config):
@@ -828,15 +837,11 @@ def name_run(given, train, config):
     return folder
 
 
-def begin_run(given, locks):
-    """A new run, and its model. The data set is prepared, if it is a small one that is missing; the
-    run's folder is locked, but not made before something is saved in it. Raises UserError."""
+def begin_run(out, dataset, given):
+    """A new run, its model, and what its optimizers remember: nothing. The run's folder is not made
+    before something is saved in it. Raises UserError."""
     train, config = configure(given)
-    # By default the data set depends on whether there is a network.
-    dataset = in_first(lambda: prepare.load_or_prepare(train.dataset)[0])
     train = replace(train, dataset=dataset)
-    out = in_first(name_run, given, train, config)
-    locks.enter_context(lock_run_folder(out))
     if RANK == 0 and any(out.glob("*.pt")):
         raise UserError(
             f"{out} holds a run already; go on with it by --resume, or choose another --out"
@@ -848,12 +853,11 @@ def begin_run(given, locks):
     torch.manual_seed(train.seed)
     model = GPT(replace(config, vocab_size=size))
     run = Run(out, train, meta["tokenizer"], meta["sha256"], losses=[], log=[], seconds=0.0)
-    return run, model
+    return run, model, []
 
 
-def load_run(out, given, locks):
+def load_run(out, given):
     """A run to go on with, its model, and what its optimizers remember. Raises UserError."""
-    locks.enter_context(lock_run_folder(out))
     model, checkpoint = GPT.load(out / "last.pt")
     train, _ = configure(given, checkpoint)
     names = "tokenizer", "data_sha256", "losses", "log", "seconds"
@@ -887,8 +891,8 @@ def read_data(run, block_size):
 def save(run, model, optimizers, *names):
     """Writes config.json, log.jsonl and checkpoints of these names. The last of them is last.pt,
     from which a run goes on: all that it tells of is on disk before it."""
-    weights = torch.stack([parameter.detach().sum() for parameter in model.parameters()])
-    check_finite(weights.sum().item(), run)
+    total = sum(weights.detach().sum() for weights in model.parameters())
+    check_finite(total.item(), run)
     if RANK == 0:
         config = dict(train=asdict(run.train), model=asdict(model.config.resolve()))
         log = "".join(json.dumps(entry) + "\n" for entry in run.log)
@@ -942,21 +946,13 @@ def draw_losses(losses, log, part=None):
 # --- The whole story ------------------------------------------------------------------------------
 
 
-def part_of(data, train):
-    """How many tokens of the validation data all evaluations predict but the last; None is all."""
-    if train.eval_tokens is not None and train.eval_tokens < len(data) - 1:
-        return train.eval_tokens
-    return None
-
-
-def validate(run, model, data, context):
-    """Measures the losses of this step: of training, on the first eval_tokens of the validation
+def validate(run, model, data, part, precision):
+    """Measures the losses of this step: of training, on the first `part` tokens of the validation
     data, and at the end on all of them. Returns them as an entry of the log."""
     step, train, recent = len(run.losses), run.train, run.losses[-100:]
-    part = part_of(data, train)
 
     def loss_of(eval_tokens):
-        loss_sum, count = add_up(*evaluate(model, data, train.rows(), context, eval_tokens))
+        loss_sum, count = add_up(*evaluate(model, data, train.rows(), precision, eval_tokens))
         check_finite(loss_sum, run)
         return loss_sum / count
 
@@ -970,13 +966,13 @@ def validate(run, model, data, context):
     return entry
 
 
-def announce(run, model, data, device, context, kernel):
+def announce(run, model, data, device, precision, kernel):
     """Says what is trained, and how."""
     config, train, step = model.config, run.train, len(run.losses)
     size = sum(weights.numel() for weights in model.parameters())
     tokens = train.batch_size * config.block_size
     epochs = tokens * train.max_steps / len(data["train"])
-    dtype = str(context.fast_dtype).removeprefix("torch.")
+    dtype = str(precision.fast_dtype).removeprefix("torch.")
     say(
         f"model: {config.attention} attention, {config.pos} positions, {config.n_layer} layers, "
         f"{config.n_head} heads, {config.n_embd} wide: {size:,} parameters, trained for {step:,} "
@@ -1049,14 +1045,13 @@ def steps_between_reads(device, train):
 def main(argv=None):
     """Trains, as the flags say: a list of strings, or else this program's own."""
     given = parse(argv)
-    with contextlib.ExitStack() as locks:
+    out, dataset = in_first(choose_run, given)
+    with lock_run_folder(out):
         # A run that goes on, or a new one.
-        out = in_first(find_run, given)
-        if out is None:
-            run, model = begin_run(given, locks)
-            states = []
+        if dataset is None:
+            run, model, states = load_run(out, given)
         else:
-            run, model, states = load_run(out, given, locks)
+            run, model, states = begin_run(out, dataset, given)
         config = model.config
         data = read_data(run, config.block_size)
 
@@ -1064,28 +1059,32 @@ def main(argv=None):
         device = choose_device(run.train.device, run.train.threads)
         # A run goes on exactly only with as many threads as before, so they are kept.
         run.train = train = replace(run.train, threads=torch.get_num_threads())
-        context = autocast(device, train.dtype)
+        precision = autocast(device, train.dtype)
         model.to(device).train()
-        kernel = choose_kernel(model, train.kernel, context)
+        kernel = choose_kernel(model, train.kernel, precision)
         forward = compile_model(model, train.compile, device)
-        forward = share_gradients(model, forward, context)
+        forward = share_gradients(model, forward, precision)
         optimizers = make_optimizers(model, train)
-        for optimizer, state in zip(optimizers, states):
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        del states  # the optimizers have copies
+        # Optimizers go on with what they remember, but with the flags' rates and decays. On a GPU
+        # they copy it, and what was loaded is freed.
+        for optimizer in optimizers[: len(states)]:
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": states.pop(0)})
 
         step = len(run.losses)
         read_every = steps_between_reads(device, train)
-        part = part_of(data["val"], train)
+        # How many tokens all evaluations but the last one predict; None is all.
+        part = train.eval_tokens
+        if part is not None and part >= len(data["val"]) - 1:
+            part = None
         with stop_requests() as requests:
-            announce(run, model, data, device, context, kernel)
+            announce(run, model, data, device, precision, kernel)
             if step == 0:
                 save(run, model, optimizers, "last.pt")  # if that fails, now and not in an hour
             progress, told, unread = Progress(train.max_steps, step), tenths(step, train), []
             started = time.perf_counter()
             while step < train.max_steps:
                 x, y = batch(data["train"], train, config.block_size, step, device)
-                unread.append(train_step(forward, optimizers, train, step, x, y, context))
+                unread.append(train_step(forward, optimizers, train, step, x, y, precision))
                 step += 1
                 evaluating = step % train.eval_interval == 0 or step == train.max_steps
                 if step % read_every != 0 and not evaluating:
@@ -1098,7 +1097,7 @@ def main(argv=None):
                 show_progress(progress, run, config.block_size)
 
                 if evaluating:
-                    run.log.append(validate(run, model, data["val"], context))
+                    run.log.append(validate(run, model, data["val"], part, precision))
                     names = ["best.pt", "last.pt"] if is_best(run.log) else ["last.pt"]
                     save(run, model, optimizers, *names)
                 elif stop:

@@ -6,10 +6,12 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import SMALL, assert_equal_functions, small
 
 import model as model_py
-from model import ATTENTIONS, POSITIONS
+import train
+from model import ATTENTIONS, GPT, POSITIONS, QV, GPTConfig
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -55,3 +57,28 @@ def test_a_flag_of_its_own(monkeypatch):
     for flag, shape in ({"shared_route": True}, (1, 8, 8)), ({}, (4, 8, 8)):
         config = fork.GPTConfig(attention="keyless", **flag, **SMALL)
         assert fork.GPT(config).blocks[0].attention.route.shape == shape
+
+
+class Louder(QV):
+    """QV with a number that its scores are multiplied by."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gain = torch.nn.Parameter(torch.tensor(2.0))
+
+    def query(self, x):
+        return self.gain * super().query(x)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_single_number_starts_as_it_was_made_and_learns(monkeypatch, optimizer):
+    monkeypatch.setitem(ATTENTIONS, "louder", Louder)
+    network = GPT(GPTConfig(attention="louder", **SMALL))
+    gain = network.blocks[0].attention.gain
+    assert gain.item() == 2.0
+    settings = train.TrainConfig(batch_size=2, optimizer=optimizer)
+    optimizers = train.make_optimizers(network, settings)
+    idx = torch.arange(16).view(2, 8)
+    precision = train.autocast(torch.device("cpu"), "float32")
+    train.train_step(network, optimizers, settings, 0, idx, idx, precision)
+    assert gain.item() != 2.0
