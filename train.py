@@ -809,7 +809,7 @@ def lock_run_folder(folder):
 
 
 def choose_run(given):
-    """The folder of the run that is to go on, and None. Or the folder of a new one, and its data
+    """The folder of the run that is to go on, and None; or the folder of a new one, and its data
     set, which is prepared if it is a small one that is missing. Raises UserError."""
     if given.get("restartable") and "out" not in given:
         raise UserError("--restartable needs --out, the folder in which to look for the run")
@@ -1045,9 +1045,9 @@ def steps_between_reads(device, train):
 def main(argv=None):
     """Trains, as the flags say: a list of strings, or else this program's own."""
     given = parse(argv)
+    # A new run has a data set to begin with; one that goes on has its own.
     out, dataset = in_first(choose_run, given)
     with lock_run_folder(out):
-        # A run that goes on, or a new one.
         if dataset is None:
             run, model, states = load_run(out, given)
         else:

@@ -168,8 +168,8 @@ def parse(argv):
     add(
         "--report",
         action="store_true",
-        help="train nothing: make results.md and its figures, in --out, of the runs that are "
-        "stored in assets/ and of those in --out",
+        help="train nothing: make results.md and its figures, in --out, of the parts' runs that "
+        "are stored in assets/, and of those in --out",
     )
     add(
         "--assets",
@@ -482,7 +482,7 @@ def evaluate_lengths(folder, times, device):
         raise UserError(f"{folder} was trained on after its record.json was made; remove it")
 
     training = checkpoint["train_config"]
-    context = train.autocast(device, training["dtype"])
+    precision = train.autocast(device, training["dtype"])
     rows = training["micro_batch_size"] or training["batch_size"]
     val = load_or_prepare(training["dataset"])[2]["val"]
     for length in wanted:
@@ -490,7 +490,7 @@ def evaluate_lengths(folder, times, device):
             longer = GPT(replace(model.config, block_size=length)).to(device)
             longer.load_state_dict(model.state_dict())
             windows = max(1, rows * size // length)
-            total, count = train.evaluate(longer, val, windows, context)
+            total, count = train.evaluate(longer, val, windows, precision)
             losses[str(length)] = total / count
             write_json(folder / "record.json", found)
 
@@ -558,9 +558,9 @@ def report_results(args):
     if args.assets:
         folder, command = ASSETS, f"{command} --assets"
     folder.mkdir(parents=True, exist_ok=True)
-    found = runs.Runs(stored_runs(ASSETS / "results.json") + finished_runs(args.out))
-    first = runs.Runs(first_runs())
-    drawn = figures.draw_results(report.planned(found), first, folder)
+    there = runs.Runs(stored_runs(ASSETS / "results.json") + finished_runs(args.out))
+    found, first = report.planned(there), runs.Runs(first_runs())
+    drawn = figures.draw_results(found, first, folder)
     names = [path.name for path in drawn]
     text = report.results(found, first, sweeps.read_speeds(), names, command)
     written = [write_text(folder / "results.md", text), *drawn]
@@ -568,6 +568,8 @@ def report_results(args):
         lines = ",\n".join(map(json.dumps, found.records()))
         written.append(write_text(ASSETS / "results.json", f"[\n{lines}\n]\n"))
     print(f"written: {', '.join(map(str, written))}")
+    if others := len(there.records()) - len(found.records()):
+        print(f"left out: {others} of the runs, which are of no part in sweeps.py")
 
 
 # --- The program ----------------------------------------------------------------------------------

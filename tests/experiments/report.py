@@ -6,6 +6,7 @@ runs of its first part. All else is exploratory: differences with intervals, and
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -232,8 +233,9 @@ def first_table(runs, speeds):
         )
     head = ["attention", "numbers remembered", *ALL_FOUR, "1,800 steps", "8 times the context"]
     head += ["equal time", "weights in attention", "training speed", "decoding speed"]
+    at_most = {name: math.ceil(10_000 * half) / 10_000 for name, half in widest.items()}
     spreads = {name: spread(speeds[name]) for name in ("training", "decoding")}
-    caption = CAPTION.format(seeds=f"{seeds[0]} to {seeds[-1]}", **widest, **spreads)
+    caption = CAPTION.format(seeds=f"{seeds[0]} to {seeds[-1]}", **at_most, **spreads)
     return table(head, rows) + "\n" + caption
 
 
@@ -438,7 +440,7 @@ SECTIONS = [
         "seeds differ, compare these and not the losses.",
         kinds=sweeps.MEMORY,
         pairs=[
-            *pairs("rope+agf", (QV, GQA_ROTATED), (QV_KA, GQA_ROTATED)),
+            *pairs("rope+agf", (QV_KA, QV), (QV, GQA_ROTATED), (QV_KA, GQA_ROTATED)),
             *pairs("rope+agf", (QV, MQA_ROTATED), (QV_2, MQA_ROTATED)),
             *pairs("rope+agf", (QV_KA_32_1, MQA_ROTATED), (DIAGONAL_32_1, MQA_ROTATED)),
             *pairs("rope+agf", (QV_1, MLA_32), (QV_KA_1, QV), (QV_KA_32_2, QV)),
@@ -595,12 +597,10 @@ long runs.
 """
 
 
-def planned(runs, is_planned=True):
-    """Those of the runs that sweeps.py asks for; or the others."""
+def planned(runs):
+    """Those of the runs that sweeps.py asks for."""
     return Runs(
-        record
-        for record in runs.records()
-        if (record["seed"] in sweeps.seeds_of(record["kind"])) == is_planned
+        record for record in runs.records() if record["seed"] in sweeps.seeds_of(record["kind"])
     )
 
 
@@ -613,9 +613,8 @@ FIGURES = {
 }
 
 
-def results(all_runs, first, speeds, drawn, command):
+def results(runs, first, speeds, drawn, command):
     """The whole of results.md. `drawn` are the names of the figures beside it."""
-    runs, others = planned(all_runs), planned(all_runs, is_planned=False)
     parts = [
         MEANING.format(command=command, number=len(runs.records())),
         "## All attentions",
@@ -628,8 +627,6 @@ def results(all_runs, first, speeds, drawn, command):
         windows_text(runs),
         equal_time_text(runs, speeds),
     ]
-    if others.records():
-        parts += ["### Other runs", sweep_report(others)]
     if first.records():
         parts += [FIRST, sweep_report(first, measure=best_loss)]
     return "\n\n".join(part.strip() for part in parts) + "\n"

@@ -69,13 +69,13 @@ def trainer(attention, data):
     settings, config = train.configure({**kind, "seed": 1, "device": "cpu"})
     model = GPT(config)
     optimizers = train.make_optimizers(model, settings)
-    device, context = torch.device("cpu"), train.autocast(torch.device("cpu"), "float32")
+    device, precision = torch.device("cpu"), train.autocast(torch.device("cpu"), "float32")
     step = 0
 
     def work():
         nonlocal step
         x, y = train.batch(data, settings, config.block_size, step, device)
-        train.train_step(model, optimizers, settings, step, x, y, context)
+        train.train_step(model, optimizers, settings, step, x, y, precision)
         step += 1
 
     return work

@@ -423,18 +423,23 @@ def test_a_run_of_two_parts_is_trained_once_and_evaluated_as_both_ask(folder, mo
 # What is stored -----------------------------------------------------------------------------------
 
 
-def test_runs_are_stored_in_assets_only_on_request(sweep, tmp_path, monkeypatch):
+def test_runs_are_stored_in_assets_only_on_request(sweep, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "ASSETS", tmp_path)
+    kinds = [record("qkv")["kind"], record("qv")["kind"]]
+    monkeypatch.setitem(sweeps.PARTS, 8, [sweeps.Sweep(kinds, range(7, 9))])
     older = dict(record("qv"), seed=8, final_val_loss=9.0)
     replaced = dict(record("qv"), final_val_loss=9.0)
-    (tmp_path / "results.json").write_text(json.dumps([older, replaced]))
+    of_no_part = dict(record("qv"), seed=9)
+    (tmp_path / "results.json").write_text(json.dumps([older, replaced, of_no_part]))
     before = files(tmp_path)
     assert call("compare", "--report") is None
     assert files(tmp_path) == before
     assert "Made by `python tests/experiments/compare.py --report` " in Path(
         "out/compare/results.md"
     ).read_text("utf-8")
+    capsys.readouterr()
     assert call("compare", "--report", "--assets") is None
+    assert "left out: 1 of the runs, which are of no part" in capsys.readouterr().out
     assert "Made by `python tests/experiments/compare.py --report --assets` " in (
         tmp_path / "results.md"
     ).read_text("utf-8")

@@ -449,18 +449,22 @@ def test_every_planned_kind_is_somewhere_in_the_results(text):
     assert not missing
 
 
-def test_runs_that_nobody_planned_and_those_seen_first_stand_apart():
+def test_runs_that_nobody_planned_are_left_out():
     planned = every_planned_run()
-    other = several(kind_of("rope+agf", QV), [9.0, 9.0], seeds=(1, 2))
+    seeds = several(kind_of("rope+agf", QV), [9.0, 9.0], seeds=(1, 2))
+    kind = several(kind_of("rope+agf", QV, max_steps=7), [9.0, 9.0], seeds=(2001, 2002))
+    found = report.planned(Runs([*planned.records(), *seeds, *kind]))
+    assert found.records() == planned.records()
+
+
+def test_runs_that_were_seen_first_stand_apart():
+    planned = every_planned_run()
     first = several(kind_of("agf", QV), [8.0, 8.0], seeds=(1337, 1338))
     for record in first:
         record["best_val_loss"] = 7.0
-    everything = Runs([*planned.records(), *other])
-    found = report.results(everything, Runs(first), SPEEDS, [], "some command")
-    before, others = found.split("### Other runs")
-    others, seen_first = others.split("## What was seen first")
+    found = report.results(planned, Runs(first), SPEEDS, [], "some command")
+    before, seen_first = found.split("## What was seen first")
     assert before == report.results(planned, Runs([]), SPEEDS, [], "some command").rstrip() + "\n\n"
-    assert rows(others)[2][:6] == ["rope+agf", "QV", "2", "128", "1,000", "9.0000 ± 0.0000"]
     assert rows(seen_first)[2][5] == "7.0000 ± 0.0000", "the lowest of each run"
 
 
@@ -512,12 +516,12 @@ def test_the_first_table_compares_the_same_seeds():
 
 
 def test_the_first_table_says_how_wide_its_intervals_are_at_most():
-    """The differences of these two are 0, 0 and -0.004, 0.004."""
+    """Rounded up. The differences of these two are 0, 0 and -0.004, 0.004."""
     qkv = several(kind_of("agf", QKV), [1.0, 1.01], seeds=(2001, 2002))
     qv = several(kind_of("agf", QV), [1.004, 1.006], seeds=(2001, 2002))
     caption = " ".join(report.first_table(Runs(qkv + qv), SPEEDS).split())
-    assert "interval is at most 0.0635, and half" in caption
-    assert "paired by seed, at most 0.0508." in caption
+    assert "interval is at most 0.0636, and half" in caption
+    assert "paired by seed, at most 0.0509." in caption
     assert "within 0.20 (training) and 0.30 (decoding) of them" in caption
 
 
@@ -539,7 +543,7 @@ def wrong_cells(readme, results):
     table of results.md with these columns."""
     wrong = []
     for head, lines in tables(readme.replace("*", "").replace("`", "")):
-        if set(head).isdisjoint(report.ALL_FOUR):
+        if set(head).isdisjoint(report.ALL_FOUR) or head[0] == "claim":
             continue
         candidates = [other for columns, other in tables(results) if set(head) <= set(columns)]
         for name, line in lines.items():
@@ -571,13 +575,33 @@ def test_the_cells_of_the_readme_are_those_of_results_md():
     assert wrong_cells(readme, results) == []
 
 
+def verdicts(text):
+    """{claim: {positions: verdict}} of the table of claims, in README's words."""
+    (table,) = [lines for head, lines in tables(text) if head[0] == "claim"]
+    words = {"shown": "yes", "the opposite is shown": "no", "": ""}
+    found = {}
+    for name, line in table.items():
+        cells = {pos: line[pos].rpartition(", ")[2] for pos in report.ALL_FOUR}
+        cells = {pos: words.get(cell, cell) for pos, cell in cells.items()}
+        cells = {pos: re.sub("^not told apart.*", "undecided", cells[pos]) for pos in cells}
+        found[name[:2]] = cells
+    return found
+
+
+def test_the_verdicts_that_the_readme_tells_are_those_of_results_md():
+    root = sweeps.SPEEDS.parents[1]
+    results = verdicts((root / "assets/results.md").read_text("utf-8"))
+    assert results.keys() == {"C1", "C2", "C3", "C4"}
+    assert results["C1"]["agf"] in ("yes", "no", "undecided"), "there are verdicts"
+    assert verdicts((root / "README.md").read_text("utf-8")) == results
+
+
 def test_the_differences_that_the_readme_tells_are_in_results_md():
     root = sweeps.SPEEDS.parents[1]
     if not (root / "assets/results.json").exists():
         pytest.skip("no runs of the parts are stored yet")
-    lines = (root / "README.md").read_text("utf-8").splitlines()
-    prose = "\n".join(line for line in lines if not line.startswith("|"))
-    told = re.findall(r"(?<!\d)\d\.\d{4}(?!\d)", prose)
+    readme = (root / "README.md").read_text("utf-8")
+    told = re.findall(r"(?<!\d)\d\.\d{4}(?!\d)", readme)
     results = (root / "assets/results.md").read_text("utf-8")
     assert told and [number for number in told if number not in results] == []
 
