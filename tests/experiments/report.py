@@ -485,6 +485,17 @@ SECTIONS = [
             "rope+agf", (QV_KA, QV), (QV, MQA_ROTATED), (QV_KA, MQA_ROTATED), **sweeps.LARGER_MODEL
         ),
     ),
+    Section(
+        "Another text",
+        "Python's language reference, as the Python that made the runs has it (`prepare.py "
+        "pydoc`).",
+        kinds=sweeps.OTHER_TEXT,
+        pairs=[
+            *pairs("sinusoidal", (QV_KA, QV), dataset="pydoc"),
+            *pairs("rope+agf", (QV, GQA_ROTATED), (QV, MQA_ROTATED), dataset="pydoc"),
+            *pairs("rope+agf", (QV_KA, QV), (DIAGONAL, QV_KA), dataset="pydoc"),
+        ],
+    ),
 ]
 
 
@@ -556,8 +567,8 @@ MEANING = """\
 # What the runs show
 
 Made by `{command}` from the runs in results.json (by
-`compare.py --part=1` and so on, to 7), those in results_first.json, and the speeds in speeds.json
-(by `speeds.py`).
+`compare.py --part=1` and so on, to {last}), those in results_first.json, and the speeds in
+speeds.json (by `speeds.py`).
 
 - A **loss** is that of the trained model over the whole validation split, in nats per token.
 - A **difference** is a mean over seeds; runs of one seed saw the same batches, and are subtracted
@@ -616,7 +627,7 @@ FIGURES = {
 def results(runs, first, speeds, drawn, command):
     """The whole of results.md. `drawn` are the names of the figures beside it."""
     parts = [
-        MEANING.format(command=command, number=len(runs.records())),
+        MEANING.format(command=command, last=max(sweeps.PARTS), number=len(runs.records())),
         "## All attentions",
         first_table(runs, speeds),
         *(f"![{FIGURES[name]}]({name})\n\n*{FIGURES[name]}*" for name in drawn),

@@ -1,4 +1,4 @@
-"""The runs that assets/results.md is made of: seven parts, in the order in which they are computed.
+"""The runs that assets/results.md is made of: eight parts, in the order in which they are computed.
 
 `compare.py --part=1` trains the runs of a part that are not there yet. A part is a list of sweeps,
 and a sweep trains each of its kinds with each of its seeds. A kind is all that makes a run but its
@@ -121,6 +121,13 @@ WINDOWS = [
 LARGER_MODEL = dict(n_layer=6, n_head=6, n_embd=192, block_size=128, batch_size=16, max_steps=500)
 LARGER = kinds_of("rope+agf", QKV_ROTATED, QV, QV_KA, DIAGONAL, MQA_ROTATED, **LARGER_MODEL)
 
+# The other text that needs no download: Python's language reference, as that Python has it.
+OTHER_TEXT = [
+    *kinds_of("sinusoidal", QKV, QV, QV_KA, dataset="pydoc"),
+    *kinds_of("rope+agf", QKV_ROTATED, GQA_ROTATED, MQA_ROTATED, dataset="pydoc"),
+    *kinds_of("rope+agf", QV, QV_1, QV_KA, DIAGONAL, dataset="pydoc"),
+]
+
 
 def read_speeds():
     """{"training": rows, "decoding": rows}, each row with an attention and its speed beside
@@ -149,6 +156,7 @@ PARTS = {
     5: [Sweep(WINDOWS, TABLE_SEEDS, lengths=(1, 2, 4, 8))],
     6: [Sweep(LARGER, seeds(5))],
     7: [Sweep(equal_time(), TABLE_SEEDS)],
+    8: [Sweep(OTHER_TEXT, TABLE_SEEDS)],
 }
 
 
