@@ -462,9 +462,8 @@ SECTIONS = [
         kinds=sweeps.LONGER,
         pairs=[
             *pairs_of_positions("rope+agf", ("sinusoidal",), QV, QV_KA, max_steps=1800),
-            *pairs(
-                "rope+agf", (QV_KA, QV), (QV, MQA_ROTATED), (QV_KA, MQA_ROTATED), max_steps=1800
-            ),
+            *pairs("rope+agf", (QV_KA, QV), (QV, GQA_ROTATED), max_steps=1800),
+            *pairs("rope+agf", (QV, MQA_ROTATED), (QV_KA, MQA_ROTATED), max_steps=1800),
         ],
     ),
     Section(
@@ -481,14 +480,14 @@ SECTIONS = [
         "A larger model",
         "Its size and its training stand above each table.",
         kinds=sweeps.LARGER,
-        pairs=pairs(
-            "rope+agf", (QV_KA, QV), (QV, MQA_ROTATED), (QV_KA, MQA_ROTATED), **sweeps.LARGER_MODEL
-        ),
+        pairs=[
+            *pairs("rope+agf", (QV_KA, QV), (QV, GQA_ROTATED), **sweeps.LARGER_MODEL),
+            *pairs("rope+agf", (QV, MQA_ROTATED), (QV_KA, MQA_ROTATED), **sweeps.LARGER_MODEL),
+        ],
     ),
     Section(
         "Another text",
-        "Python's language reference, as the Python that made the runs has it (`prepare.py "
-        "pydoc`).",
+        "The language reference of Python 3.11.7 (`prepare.py pydoc`).",
         kinds=sweeps.OTHER_TEXT,
         pairs=[
             *pairs("sinusoidal", (QV_KA, QV), dataset="pydoc"),
@@ -518,9 +517,13 @@ def equal_time_text(runs, speeds):
     pairs_of_losses = [(one, textbook) for one in equal.values()]
     with_keys = QKV_ROTATED, GQA_ROTATED, MQA_ROTATED
     without = QV, QV_1, QV_KA, DIAGONAL
-    for one, other in itertools.product(without, with_keys):
-        pairs_of_losses.append((equal[label(one)], equal[label(other)]))
-    for one, other in (DIAGONAL_32_1, MQA_ROTATED), (QV_KA, QV), (DIAGONAL, QV):
+    compared = [
+        *((attention, QKV_ROTATED) for attention in (GQA_ROTATED, MQA_ROTATED)),
+        *itertools.product(without, with_keys),
+        *((attention, QV) for attention in (QV_KA, DIAGONAL)),
+        (DIAGONAL_32_1, MQA_ROTATED),
+    ]
+    for one, other in compared:
         pairs_of_losses.append((equal[label(one)], equal[label(other)]))
     pairs_of_early = pairs("rope+agf", (QV, QKV_ROTATED), (QV_KA, QKV_ROTATED), (QV_KA, QV))
 

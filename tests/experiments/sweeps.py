@@ -79,7 +79,8 @@ MEMORY = [kind for kind in [*FAMILY, *FRONTIER] if kind["pos"] == "rope+agf"]
 
 LONGER = [
     *kinds_of("sinusoidal", QKV, QV, QV_KA, max_steps=1800),
-    *kinds_of("rope+agf", QKV_ROTATED, QV, QV_KA, DIAGONAL, MQA_ROTATED, max_steps=1800),
+    *kinds_of("rope+agf", QKV_ROTATED, GQA_ROTATED, MQA_ROTATED, max_steps=1800),
+    *kinds_of("rope+agf", QV, QV_KA, DIAGONAL, max_steps=1800),
 ]
 
 RATES = [
@@ -119,9 +120,12 @@ WINDOWS = [
 ]
 
 LARGER_MODEL = dict(n_layer=6, n_head=6, n_embd=192, block_size=128, batch_size=16, max_steps=500)
-LARGER = kinds_of("rope+agf", QKV_ROTATED, QV, QV_KA, DIAGONAL, MQA_ROTATED, **LARGER_MODEL)
+LARGER = [
+    *kinds_of("rope+agf", QKV_ROTATED, GQA_ROTATED, MQA_ROTATED, **LARGER_MODEL),
+    *kinds_of("rope+agf", QV, QV_KA, DIAGONAL, **LARGER_MODEL),
+]
 
-# The other text that needs no download: Python's language reference, as that Python has it.
+# The text that needs no download: the language reference of the Python at hand.
 OTHER_TEXT = [
     *kinds_of("sinusoidal", QKV, QV, QV_KA, dataset="pydoc"),
     *kinds_of("rope+agf", QKV_ROTATED, GQA_ROTATED, MQA_ROTATED, dataset="pydoc"),
