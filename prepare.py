@@ -382,7 +382,7 @@ def read_text(path):
 def shakespeare():
     """Tiny Shakespeare, from data/shakespeare_char/input.txt if it lies there, else downloaded."""
     place = DATA / "shakespeare_char" / "input.txt"
-    advice = f"save {SHAKESPEARE_URL} as {place} (make that folder), or take pydoc instead"
+    advice = f"save {SHAKESPEARE_URL} as {place} (make that folder)"
     if place.exists():
         text = read_text(place)
     else:
