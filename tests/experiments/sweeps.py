@@ -80,7 +80,7 @@ MEMORY = [kind for kind in [*FAMILY, *FRONTIER] if kind["pos"] == "rope+agf"]
 LONGER = [
     *kinds_of("sinusoidal", QKV, QV, QV_KA, max_steps=1800),
     *kinds_of("rope+agf", QKV_ROTATED, GQA_ROTATED, MQA_ROTATED, max_steps=1800),
-    *kinds_of("rope+agf", QV, QV_KA, DIAGONAL, max_steps=1800),
+    *kinds_of("rope+agf", QV, QV_1, QV_KA, DIAGONAL, max_steps=1800),
 ]
 
 RATES = [
@@ -122,7 +122,7 @@ WINDOWS = [
 LARGER_MODEL = dict(n_layer=6, n_head=6, n_embd=192, block_size=128, batch_size=16, max_steps=500)
 LARGER = [
     *kinds_of("rope+agf", QKV_ROTATED, GQA_ROTATED, MQA_ROTATED, **LARGER_MODEL),
-    *kinds_of("rope+agf", QV, QV_KA, DIAGONAL, **LARGER_MODEL),
+    *kinds_of("rope+agf", QV, QV_1, QV_KA, DIAGONAL, **LARGER_MODEL),
 ]
 
 # The text that needs no download: the language reference of the Python at hand.

@@ -393,7 +393,7 @@ def test_flags_of_the_machine_make_no_variant(folder):
     assert "--micro_batch_size=2" in job.command and "micro" not in str(job.kind) + path.name
 
 
-PART_SIZES = {1: 280, 2: 160, 3: 90, 4: 60, 5: 150, 6: 30, 8: 100}
+PART_SIZES = {1: 280, 2: 160, 3: 100, 4: 60, 5: 150, 6: 35, 8: 100}
 
 
 @pytest.mark.parametrize("part", PART_SIZES)
@@ -407,7 +407,7 @@ def test_parts_are_computed_in_their_order_and_seed_by_seed(folder, monkeypatch)
     found = plan("--part=1,3")
     seeds = [seed for _, seed in found]
     assert seeds[:280] == [seed for seed in range(2001, 2021) for _ in range(14)]
-    assert seeds[280:] == [seed for seed in range(2001, 2011) for _ in range(9)]
+    assert seeds[280:] == [seed for seed in range(2001, 2011) for _ in range(10)]
     assert {kind.get("max_steps") for kind, _ in found[280:]} == {1800}
 
 
