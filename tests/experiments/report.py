@@ -298,11 +298,14 @@ def second_table(runs, speeds):
     equal = kinds_at_equal_time()
 
     def kind_in(name, attention):
-        kind = kind_of("rope+agf", attention, **(SETTINGS[name] or {}))
-        return equal.get(label(kind), kind) if name == "equal time" else kind
+        if name == "equal time":
+            return equal.get(label(kind_of("rope+agf", attention)))
+        return kind_of("rope+agf", attention, **SETTINGS[name])
 
     def cell(name, attention):
         kind, baseline = kind_in(name, attention), kind_in(name, QKV_ROTATED)
+        if kind is None or baseline is None:
+            return NOTHING
         if kind == baseline:
             losses = runs.sums([(1, kind)], final_loss, sweeps.TABLE_SEEDS)
             return f"{interval(losses)[0]:.4f}" if losses else NOTHING

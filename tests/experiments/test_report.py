@@ -423,10 +423,54 @@ def test_the_first_table_says_how_many_seeds_there_are_where_some_are_missing():
     assert next(row for row in rows(found) if row[0] == "QV")[5].endswith(" (7)")
 
 
+def test_the_second_table_has_differences_from_rotated_qkv_in_each_setting():
+    def two(attention, *losses, **flags):
+        return several(kind_of("rope+agf", attention, **flags), losses, seeds=(2001, 2002))
+
+    runs = Runs(
+        [
+            *two(QKV_ROTATED, 1.7, 1.8),
+            *two(QV, 1.71, 1.81),
+            *two(QV_KA, 1.8, 1.7),
+            *two(QKV_ROTATED, 1.5, 1.7, max_steps=1800),
+            *two(QV, 1.502, 1.704, max_steps=1800),
+            *two(QKV_ROTATED, 1.2, 1.3, dataset="pydoc"),
+            *two(QV, 1.1, 1.2, dataset="pydoc"),
+        ]
+    )
+    head, _, *lines = rows(report.second_table(runs, SPEEDS))
+    found = {line[0]: dict(zip(head, line)) for line in lines}
+    settings = ["600 steps", "equal time", "1,800 steps", "2.7M parameters", "another text"]
+    assert head == [*head[:2], *settings, "training speed", "decoding speed"]
+    assert [found["QKV, rotated"][name] for name in settings] == [
+        "1.7500",
+        "—",
+        "1.6000",
+        "—",
+        "1.2500",
+    ]
+    differences = [found["QV"][name] for name in settings]
+    assert differences == ["+0.010 ± 0.000", "—", "-0.010 to +0.016", "—", "-0.100 ± 0.000"]
+    assert found["QV-Ka"]["600 steps"] == "-1.271 to +1.271"
+    assert found["QV"]["training speed"] == "1.10" and found["MLA"]["600 steps"] == "—"
+
+
+def test_the_second_table_gives_each_attention_its_own_steps_at_equal_time(monkeypatch):
+    equal = kind_of("rope+agf", QKV_ROTATED, max_steps=590), kind_of("rope+agf", QV, max_steps=660)
+    monkeypatch.setattr(sweeps, "equal_time", lambda: list(equal))
+    monkeypatch.setitem(sweeps.PARTS, 7, [sweeps.Sweep(list(equal), sweeps.TABLE_SEEDS)])
+    runs = [run for kind in equal for run in several(kind, [1.7, 1.7], seeds=(2001, 2002))]
+    runs += several(kind_of("rope+agf", QKV), [1.8, 1.8], seeds=(2001, 2002))
+    lines = {line[0]: line[3] for line in rows(report.second_table(Runs(runs), SPEEDS))}
+    assert lines["QKV, rotated"] == "1.7000" and lines["QV"] == "+0.000 to +0.000"
+    assert lines["QKV"] == "+0.100 ± 0.000", "its 600 steps are the measure"
+
+
 def test_results_have_every_part_with_its_seeds(text):
     titles = [line for line in text.splitlines() if line.startswith("##")]
     assert titles == [
         "## All attentions",
+        "## All attentions beside QKV",
         "## Fifteen claims",
         "## Exploratory: differences without verdicts",
         *(f"### {section.title}" for section in report.SECTIONS),
@@ -539,11 +583,11 @@ def tables(text):
 
 
 def wrong_cells(readme, results):
-    """The cells of README's tables of losses that are not those of the same row and column in a
-    table of results.md with these columns."""
+    """The cells of README's tables of attentions that are not those of the same row and column in
+    a table of results.md with these columns."""
     wrong = []
     for head, lines in tables(readme.replace("*", "").replace("`", "")):
-        if set(head).isdisjoint(report.ALL_FOUR) or head[0] == "claim":
+        if head[:2] != ["attention", "numbers remembered"]:
             continue
         candidates = [other for columns, other in tables(results) if set(head) <= set(columns)]
         for name, line in lines.items():
@@ -571,7 +615,7 @@ def test_the_cells_of_the_readme_are_those_of_results_md():
         pytest.skip("no runs of the parts are stored yet")
     readme = (root / "README.md").read_text("utf-8")
     results = (root / "assets/results.md").read_text("utf-8")
-    assert any(not set(head).isdisjoint(report.ALL_FOUR) for head, _ in tables(readme))
+    assert any("600 steps" in head for head, _ in tables(readme))
     assert wrong_cells(readme, results) == []
 
 
