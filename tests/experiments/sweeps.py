@@ -96,7 +96,10 @@ BY_ADAMW = dict(
     weight_decay=0.1,
     beta2=0.98,
 )
-ADAMW = kinds_of("rope+agf", QKV_ROTATED, QV, QV_KA, **BY_ADAMW)
+ADAMW = [
+    *kinds_of("rope+agf", QKV_ROTATED, GQA_ROTATED, MQA_ROTATED, **BY_ADAMW),
+    *kinds_of("rope+agf", QV, QV_1, QV_KA, DIAGONAL, **BY_ADAMW),
+]
 
 # The rows of the first table of results.md, and the seeds that they share.
 TABLE = [

@@ -393,7 +393,7 @@ def test_flags_of_the_machine_make_no_variant(folder):
     assert "--micro_batch_size=2" in job.command and "micro" not in str(job.kind) + path.name
 
 
-PART_SIZES = {1: 280, 2: 160, 3: 100, 4: 60, 5: 150, 6: 35, 8: 100}
+PART_SIZES = {1: 280, 2: 160, 3: 100, 4: 100, 5: 150, 6: 35, 8: 100}
 
 
 @pytest.mark.parametrize("part", PART_SIZES)
