@@ -261,7 +261,7 @@ def speed_text(rows, attention):
     return NOTHING if found is None else f"{found:.2f}"
 
 
-# --- The second table: all attentions beside QKV, in six settings --------------------------------
+# --- The second table: all attentions beside QKV, in six settings ---------------------------------
 
 SETTINGS = {
     "600 steps": {},
@@ -277,9 +277,9 @@ Losses under rope+agf, minus that of QKV, rotated, in the same setting; the row 
 losses. ± is half of the 95 % interval; where that does not tell the sign, the interval stands here.
 After 600 steps the differences between QKV, QV and QV-Ka are of the seeds 2001 to 2020, those of
 the model of 2.7M parameters of 2001 to 2005, all others of 2001 to 2010. **Equal time** is the time
-that 600 steps of QKV take. **AdamW** makes 780 steps, all others are by Muon. The model of **2.7M parameters** has 6 heads, 6 layers and a context of
-128; numbers remembered are of the other one, which has 0.7M to 0.8M. **Another text** is the
-language reference of Python 3.11.7.
+that 600 steps of QKV take. **AdamW** makes 780 steps; all else is by Muon. The model of **2.7M
+parameters** has 6 heads, 6 layers and a context of 128; numbers remembered are of the other one,
+which has 0.7M to 0.8M. **Another text** is the language reference of Python 3.11.7.
 """
 
 
@@ -544,11 +544,13 @@ SECTIONS = [
         "All other runs are trained by Muon at a rate of 0.01.",
         kinds=[*sweeps.RATES, *sweeps.ADAMW],
         pairs=[
-            (kind_of("rope+agf", attention, learning_rate=rate), kind_of("rope+agf", attention))
-            for rate in (0.005, 0.02)
-            for attention in (QKV_ROTATED, QV, QV_KA)
-        ]
-        + pairs("rope+agf", (QV, GQA_ROTATED), (QV, MQA_ROTATED), **sweeps.BY_ADAMW),
+            *(
+                (kind_of("rope+agf", attention, learning_rate=rate), kind_of("rope+agf", attention))
+                for rate in (0.005, 0.02)
+                for attention in (QKV_ROTATED, QV, QV_KA)
+            ),
+            *pairs("rope+agf", (QV, GQA_ROTATED), (QV, MQA_ROTATED), **sweeps.BY_ADAMW),
+        ],
     ),
     Section(
         "A larger model",

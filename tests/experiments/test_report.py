@@ -440,17 +440,19 @@ def test_the_second_table_has_differences_from_rotated_qkv_in_each_setting():
     )
     head, _, *lines = rows(report.second_table(runs, SPEEDS))
     found = {line[0]: dict(zip(head, line)) for line in lines}
-    settings = ["600 steps", "equal time", "1,800 steps", "2.7M parameters", "another text"]
-    assert head == [*head[:2], *settings, "training speed", "decoding speed"]
-    assert [found["QKV, rotated"][name] for name in settings] == [
-        "1.7500",
-        "—",
-        "1.6000",
-        "—",
-        "1.2500",
+    settings = [
+        "600 steps",
+        "equal time",
+        "1,800 steps",
+        "AdamW",
+        "2.7M parameters",
+        "another text",
     ]
+    assert head == [*head[:2], *settings, "training speed", "decoding speed"]
+    losses = [found["QKV, rotated"][name] for name in settings]
+    assert losses == ["1.7500", "—", "1.6000", "—", "—", "1.2500"]
     differences = [found["QV"][name] for name in settings]
-    assert differences == ["+0.010 ± 0.000", "—", "-0.010 to +0.016", "—", "-0.100 ± 0.000"]
+    assert differences == ["+0.010 ± 0.000", "—", "-0.010 to +0.016", "—", "—", "-0.100 ± 0.000"]
     assert found["QV-Ka"]["600 steps"] == "-1.271 to +1.271"
     assert found["QV"]["training speed"] == "1.10" and found["MLA"]["600 steps"] == "—"
 
