@@ -174,7 +174,7 @@ def parse(argv):
     add(
         "--assets",
         action="store_true",
-        help="with --report: write them to assets/, and store the runs of --out there, too",
+        help="with --report: write them to assets/, and store the parts' runs of --out there, too",
     )
     args, others = parser.parse_known_args(argv)
     flags = train.parse(others)

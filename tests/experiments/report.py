@@ -1,4 +1,4 @@
-"""What finished runs show, as Markdown: one table of all attentions, fifteen claims, and many
+"""What finished runs show, as Markdown: two tables of all attentions, fifteen claims, and many
 differences. `compare.py --report` runs it.
 
 What is claimed was fixed before the runs of sweeps.py were computed, and is tested once, on the
@@ -60,20 +60,22 @@ def loss_text(values):
     return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {half:.4f}"
 
 
-def range_text(values):
+def range_text(values, digits=4):
     mean, half = interval(values)
-    return f"between {mean - half:+.4f} and {mean + half:+.4f}"
+    return f"{mean - half:+.{digits}f} to {mean + half:+.{digits}f}"
 
 
-def difference_text(values):
+def difference_text(values, digits=4):
     """A difference: its mean and half of its interval's width, or, if it is not told from zero, its
     range."""
     if not values:
         return NOTHING
     mean, half = interval(values)
     if len(values) == 1:
-        return f"{mean:+.4f} (one seed)"
-    return f"{mean:+.4f} ± {half:.4f}" if abs(mean) > half else range_text(values)
+        return f"{mean:+.{digits}f} (one seed)"
+    if abs(mean) <= half:
+        return range_text(values, digits)
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
 
 def verdict_text(values, side, corrected):
@@ -221,7 +223,7 @@ def first_table(runs, speeds):
                 label(best),
                 runs.fact(best, "remembered") or NOTHING,
                 *(cell(kind_of(pos, attention)) for pos in ALL_FOUR),
-                cell(kind_of("rope+agf", attention, max_steps=1800)),
+                cell(kind_of("rope+agf", attention, **sweeps.MORE_STEPS)),
                 cell(best, loss_in_windows(8 * sweeps.CONTEXT)),
                 cell(equal[label(best)], baseline=rotated) if label(best) in equal else NOTHING,
                 f"{weights:,}" if weights else NOTHING,
@@ -263,69 +265,59 @@ def speed_text(rows, attention):
 
 # --- The second table: all attentions beside QKV, in six settings ---------------------------------
 
-SETTINGS = {
-    "600 steps": {},
-    "equal time": None,  # each attention has its own number of steps
-    "1,800 steps": dict(max_steps=1800),
-    "AdamW": sweeps.BY_ADAMW,
-    "2.7M parameters": sweeps.LARGER_MODEL,
-    "another text": dict(dataset="pydoc"),
-}
-
-BESIDE_QKV = """\
+BESIDE_QKV = f"""\
 Losses under rope+agf, minus that of QKV, rotated, in the same setting; the row of that one has its
-losses. ± is half of the 95 % interval; where that does not tell the sign, the interval stands here.
-After 600 steps the differences between QKV, QV and QV-Ka are of the seeds 2001 to 2020, those of
-the model of 2.7M parameters of 2001 to 2005, all others of 2001 to 2010. **Equal time** is the time
-that 600 steps of QKV take. **AdamW** makes 780 steps; all else is by Muon. The model of **2.7M
-parameters** has 6 heads, 6 layers and a context of 128; numbers remembered are of the other one,
-which has 0.7M to 0.8M. **Another text** is the language reference of Python 3.11.7.
+losses. Of how many seeds they are, the sections below say. **Equal time** is the time that
+{sweeps.STEPS} steps of QKV take. **AdamW** makes {sweeps.BY_ADAMW["max_steps"]} steps; all else is
+trained by Muon. **2.7M parameters** and {sweeps.LARGER_MODEL["n_head"]} heads are those of a larger
+QKV; numbers remembered are of the smaller models. **Another text** is Python's language reference.
 """
 
 
-def short_difference(values):
-    """A difference in a narrow cell."""
-    if len(values) < 2:
-        return NOTHING
-    mean, half = interval(values)
-    if abs(mean) > half:
-        return f"{mean:+.3f} ± {half:.3f}"
-    return f"{mean - half:+.3f} to {mean + half:+.3f}"
+def kinds_by_setting():
+    """{setting: {label: kind}}: what stands in the columns of the second table."""
+
+    def with_flags(flags):
+        kinds = sweeps.kinds_of("rope+agf", *sweeps.TABLE, **flags)
+        return {label(kind): kind for kind in kinds}
+
+    return {
+        "600 steps": with_flags({}),
+        "equal time": kinds_at_equal_time(),
+        "1,800 steps": with_flags(sweeps.MORE_STEPS),
+        "AdamW": with_flags(sweeps.BY_ADAMW),
+        "2.7M parameters": with_flags(sweeps.LARGER_MODEL),
+        "another text": with_flags(sweeps.OTHER_TEXT),
+    }
 
 
 def second_table(runs, speeds):
     """Each attention in a row: its difference from QKV, rotated, in each of the settings, and its
     speed."""
-    equal = kinds_at_equal_time()
+    columns = kinds_by_setting()
 
-    def kind_in(name, attention):
-        if name == "equal time":
-            return equal.get(label(kind_of("rope+agf", attention)))
-        return kind_of("rope+agf", attention, **SETTINGS[name])
-
-    def cell(name, attention):
-        kind, baseline = kind_in(name, attention), kind_in(name, QKV_ROTATED)
+    def cell(kinds, attention):
+        kind, baseline = kinds.get(label(attention)), kinds.get(label(QKV_ROTATED))
         if kind is None or baseline is None:
             return NOTHING
         if kind == baseline:
             losses = runs.sums([(1, kind)], final_loss, sweeps.TABLE_SEEDS)
             return f"{interval(losses)[0]:.4f}" if losses else NOTHING
         seeds = {*sweeps.seeds_of(kind)} & {*sweeps.seeds_of(baseline)}
-        return short_difference(runs.sums([(1, kind), (-1, baseline)], final_loss, seeds))
+        return difference_text(runs.sums([(1, kind), (-1, baseline)], final_loss, seeds), digits=3)
 
     rows = []
     for attention in sweeps.TABLE:
-        kind = kind_of("rope+agf", attention)
         rows.append(
             [
-                label(kind),
-                runs.fact(kind, "remembered") or NOTHING,
-                *(cell(name, attention) for name in SETTINGS),
+                label(attention),
+                runs.fact(kind_of("rope+agf", attention), "remembered") or NOTHING,
+                *(cell(kinds, attention) for kinds in columns.values()),
                 speed_text(speeds["training"], attention),
                 speed_text(speeds["decoding"], attention),
             ]
         )
-    head = ["attention", "numbers remembered", *SETTINGS, "training speed", "decoding speed"]
+    head = ["attention", "numbers remembered", *columns, "training speed", "decoding speed"]
     return table(head, rows) + "\n" + BESIDE_QKV
 
 
@@ -534,9 +526,9 @@ SECTIONS = [
         "The same training with 1,800 steps.",
         kinds=sweeps.LONGER,
         pairs=[
-            *pairs_of_positions("rope+agf", ("sinusoidal",), QV, QV_KA, max_steps=1800),
-            *pairs("rope+agf", (QV_KA, QV), (QV, GQA_ROTATED), max_steps=1800),
-            *pairs("rope+agf", (QV, MQA_ROTATED), (QV_KA, MQA_ROTATED), max_steps=1800),
+            *pairs_of_positions("rope+agf", ("sinusoidal",), QV, QV_KA, **sweeps.MORE_STEPS),
+            *pairs("rope+agf", (QV_KA, QV), (QV, GQA_ROTATED), **sweeps.MORE_STEPS),
+            *pairs("rope+agf", (QV, MQA_ROTATED), (QV_KA, MQA_ROTATED), **sweeps.MORE_STEPS),
         ],
     ),
     Section(
@@ -564,11 +556,11 @@ SECTIONS = [
     Section(
         "Another text",
         "The language reference of Python 3.11.7 (`prepare.py pydoc`).",
-        kinds=sweeps.OTHER_TEXT,
+        kinds=sweeps.OTHER,
         pairs=[
-            *pairs("sinusoidal", (QV_KA, QV), dataset="pydoc"),
-            *pairs("rope+agf", (QV, GQA_ROTATED), (QV, MQA_ROTATED), dataset="pydoc"),
-            *pairs("rope+agf", (QV_KA, QV), (DIAGONAL, QV_KA), dataset="pydoc"),
+            *pairs("sinusoidal", (QV_KA, QV), **sweeps.OTHER_TEXT),
+            *pairs("rope+agf", (QV, GQA_ROTATED), (QV, MQA_ROTATED), **sweeps.OTHER_TEXT),
+            *pairs("rope+agf", (QV_KA, QV), (DIAGONAL, QV_KA), **sweeps.OTHER_TEXT),
         ],
     ),
 ]
@@ -653,7 +645,7 @@ speeds.json (by `speeds.py`).
 - A **difference** is a mean over seeds; runs of one seed saw the same batches, and are subtracted
   first.
 - **±** is half of the 95 % interval of such a mean (Student's t). A difference that is not told
-  from zero is given as that interval.
+  from zero is given as that interval, from one end to the other.
 - **Rotated**: under rope and rope+agf QV and QV-Ka rotate what they remember, and so their values.
   With `--rope_values` QKV and GQA do the same, and are then called rotated. **MQA** is GQA with one
   key and one value for all heads.

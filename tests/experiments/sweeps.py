@@ -77,10 +77,13 @@ FRONTIER = [
 # All that is compared by what it remembers.
 MEMORY = [kind for kind in [*FAMILY, *FRONTIER] if kind["pos"] == "rope+agf"]
 
+# What is compared in other settings, too: with more steps, another optimizer, model and text.
+MAIN = [QKV_ROTATED, GQA_ROTATED, MQA_ROTATED, QV, QV_1, QV_KA, DIAGONAL]
+
+MORE_STEPS = dict(max_steps=3 * STEPS)
 LONGER = [
-    *kinds_of("sinusoidal", QKV, QV, QV_KA, max_steps=1800),
-    *kinds_of("rope+agf", QKV_ROTATED, GQA_ROTATED, MQA_ROTATED, max_steps=1800),
-    *kinds_of("rope+agf", QV, QV_1, QV_KA, DIAGONAL, max_steps=1800),
+    *kinds_of("sinusoidal", QKV, QV, QV_KA, **MORE_STEPS),
+    *kinds_of("rope+agf", *MAIN, **MORE_STEPS),
 ]
 
 RATES = [
@@ -96,12 +99,9 @@ BY_ADAMW = dict(
     weight_decay=0.1,
     beta2=0.98,
 )
-ADAMW = [
-    *kinds_of("rope+agf", QKV_ROTATED, GQA_ROTATED, MQA_ROTATED, **BY_ADAMW),
-    *kinds_of("rope+agf", QV, QV_1, QV_KA, DIAGONAL, **BY_ADAMW),
-]
+ADAMW = kinds_of("rope+agf", *MAIN, **BY_ADAMW)
 
-# The rows of the first table of results.md, and the seeds that they share.
+# The rows of the first tables of results.md, and the seeds that they share.
 TABLE = [
     QKV,
     QKV_ROTATED,
@@ -123,16 +123,13 @@ WINDOWS = [
 ]
 
 LARGER_MODEL = dict(n_layer=6, n_head=6, n_embd=192, block_size=128, batch_size=16, max_steps=500)
-LARGER = [
-    *kinds_of("rope+agf", QKV_ROTATED, GQA_ROTATED, MQA_ROTATED, **LARGER_MODEL),
-    *kinds_of("rope+agf", QV, QV_1, QV_KA, DIAGONAL, **LARGER_MODEL),
-]
+LARGER = kinds_of("rope+agf", *MAIN, **LARGER_MODEL)
 
 # The text that needs no download: the language reference of the Python at hand.
-OTHER_TEXT = [
-    *kinds_of("sinusoidal", QKV, QV, QV_KA, dataset="pydoc"),
-    *kinds_of("rope+agf", QKV_ROTATED, GQA_ROTATED, MQA_ROTATED, dataset="pydoc"),
-    *kinds_of("rope+agf", QV, QV_1, QV_KA, DIAGONAL, dataset="pydoc"),
+OTHER_TEXT = dict(dataset="pydoc")
+OTHER = [
+    *kinds_of("sinusoidal", QKV, QV, QV_KA, **OTHER_TEXT),
+    *kinds_of("rope+agf", *MAIN, **OTHER_TEXT),
 ]
 
 
@@ -163,7 +160,7 @@ PARTS = {
     5: [Sweep(WINDOWS, TABLE_SEEDS, lengths=(1, 2, 4, 8))],
     6: [Sweep(LARGER, seeds(5))],
     7: [Sweep(equal_time(), TABLE_SEEDS)],
-    8: [Sweep(OTHER_TEXT, TABLE_SEEDS)],
+    8: [Sweep(OTHER, TABLE_SEEDS)],
 }
 
 

@@ -191,7 +191,7 @@ def test_c4_is_of_the_training_loss():
         record["early_loss"] += 0.07 * (record["kind"]["attention"] == "qv_ka")
     found = cells(runs)
     assert found["C4"]["agf"].startswith("+0.0700 ")
-    assert found["C1"]["agf"].startswith("not told apart (between -0.0000 and +0.0000)")
+    assert found["C1"]["agf"].startswith("not told apart (-0.0000 to +0.0000)")
 
 
 def test_verdicts_are_corrected_for_the_whole_family():
@@ -201,9 +201,7 @@ def test_verdicts_are_corrected_for_the_whole_family():
     assert report.verdict_text(values, 1, p) == "+0.0100 ± 0.0088, shown"
     assert report.verdict_text(values, -1, p) == "+0.0100 ± 0.0088, the opposite is shown"
     corrected = stats.holm([p, 0.9])[0]
-    assert (
-        report.verdict_text(values, 1, corrected) == "not told apart (between +0.0012 and +0.0188)"
-    )
+    assert report.verdict_text(values, 1, corrected) == "not told apart (+0.0012 to +0.0188)"
 
 
 def test_one_clear_difference_among_fifteen_needs_a_p_value_below_a_fifteenth():
@@ -263,7 +261,7 @@ def test_a_difference_is_paired_by_seed():
 @pytest.mark.parametrize(
     "values,words",
     [
-        ([0.02, 0.04], "between -0.0971 and +0.1571"),
+        ([0.02, 0.04], "-0.0971 to +0.1571"),
         ([0.02, 0.021], "+0.0205 ± 0.0064"),
         ([-0.02, -0.021], "-0.0205 ± 0.0064"),
         ([0.02], "+0.0200 (one seed)"),
@@ -587,9 +585,9 @@ def tables(text):
 def wrong_cells(readme, results):
     """The cells of README's tables of attentions that are not those of the same row and column in
     a table of results.md with these columns."""
-    wrong = []
+    wrong, known = [], {column for columns, _ in tables(results) for column in columns}
     for head, lines in tables(readme.replace("*", "").replace("`", "")):
-        if head[:2] != ["attention", "numbers remembered"]:
+        if known.isdisjoint(head[1:]) or head[0] == "claim":
             continue
         candidates = [other for columns, other in tables(results) if set(head) <= set(columns)]
         for name, line in lines.items():
@@ -640,6 +638,16 @@ def test_the_verdicts_that_the_readme_tells_are_those_of_results_md():
     assert results.keys() == {"C1", "C2", "C3", "C4"}
     assert results["C1"]["agf"] in ("yes", "no", "undecided"), "there are verdicts"
     assert verdicts((root / "README.md").read_text("utf-8")) == results
+
+
+def test_the_sizes_of_models_that_are_told_are_those_of_the_stored_runs():
+    root = sweeps.SPEEDS.parents[1]
+    readme = (root / "README.md").read_text("utf-8")
+    stored = Runs(json.loads((root / "assets/results.json").read_text("utf-8")))
+    for kinds in sweeps.kinds_of("rope+agf", *sweeps.TABLE), sweeps.LARGER:
+        sizes = [stored.fact(kind, "parameters") / 1e6 for kind in kinds]
+        assert f"{min(sizes):.1f}M to {max(sizes):.1f}M" in readme
+    assert f"{max(sizes):.1f}M parameters" in report.kinds_by_setting()
 
 
 def test_the_differences_that_the_readme_tells_are_in_results_md():
