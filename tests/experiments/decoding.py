@@ -90,13 +90,21 @@ def seconds_per_token(models, prompt, count, use_cache):
         name: model.generate(prompt, count + 1, use_cache=use_cache)
         for name, model in models.items()
     }
-    times = {name: [] for name in models}
-    for _ in range(count + 1):
+    progress = Progress(len(models))
+    for number, tokens in enumerate(streams.values(), 1):
+        int(next(tokens))
+        progress(number, f"{number} of {len(models)} models have read the prompt")
+
+    words = "with a cache" if use_cache else "without one"
+    times, progress = {name: [] for name in models}, Progress(count)
+    for number in range(1, count + 1):
         for name, tokens in streams.items():
             started = time.perf_counter()
             int(next(tokens))  # waits for the device
             times[name].append(time.perf_counter() - started)
-    return {name: median(rest) for name, (_, *rest) in times.items()}
+        progress(number, f"token {number} of {count}, {words}")
+    progress.clear()
+    return {name: median(seconds) for name, seconds in times.items()}
 
 
 HEAD = (
@@ -105,7 +113,7 @@ HEAD = (
 )
 
 
-def benchmark(shape, positions, device, context, tokens, uncached=9):
+def benchmark(shape, positions, device, precision, tokens, uncached=9):
     """Prints a table with bytes and speeds, for each kind of positions and each attention, of
     models of the GPTConfig `shape`."""
     print(
@@ -113,18 +121,16 @@ def benchmark(shape, positions, device, context, tokens, uncached=9):
         f"{shape.block_size:,} tokens of context; {device}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}\n\n{HEAD}"
     )
-    progress = Progress(len(positions))
-    for done, pos in enumerate(positions, 1):
+    for pos in positions:
         models = {
             name: GPT(replace(shape, pos=pos, **variant)).to(device).eval()
             for name, variant in VARIANTS.items()
         }
         prompt = torch.randint(shape.vocab_size, (1, shape.block_size - tokens - 1), device=device)
-        with context:  # keeps weights that it converts
+        with precision:  # keeps weights that it converts
             cached = seconds_per_token(models, prompt, tokens, use_cache=True)
             plain = seconds_per_token(models, prompt, uncached, use_cache=False)
             nbytes = {name: model.cache_bytes()[1] for name, model in models.items()}
-        progress.clear()
         for name in models:
             print(
                 f"| {pos} | {name} | {nbytes[name]:,} "
@@ -132,8 +138,6 @@ def benchmark(shape, positions, device, context, tokens, uncached=9):
                 f"| {1 / plain[name]:.1f} | {plain['qkv'] / plain[name]:.2f} |",
                 flush=True,
             )
-        progress(done, f"measured {done} of {len(positions)} kinds of positions")
-    progress.clear()
 
 
 def remembered(shape, variant):
